@@ -1,0 +1,143 @@
+"""`python -m stages.animate --portrait P --driving V --out O.mp4`: a video drives a portrait, in one process.
+
+The algorithm is the live one (specification, section 10); the transition from the portrait is dropped and the end is
+filled (`stages.chunks`), so that output frame k belongs to driving frame k. The client with `--lossless --codec raw`
+gives the same frames through the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from stages.chunks import flush_indices, num_flush_history, num_real_frames, source_chunk
+from stages.config import WindowConfig
+from stages.errors import UserError
+from stages.messages import Pixels
+from stages.pipeline import Stages, animate, load_stages
+from stages.portraits import load_portrait, read_portrait
+from stages.video import FramesHash, TimedFrame, VideoWriter, header_num_frames, read_video, square_resize
+
+
+def driving_chunks(frames: Iterable[Pixels], window: WindowConfig) -> Iterator[Pixels]:
+    """Frames (s, s, 3) in chunks (chunk_frames, s, s, 3), the end filled so that every frame's output is made."""
+    history: deque[Pixels] = deque(maxlen=num_flush_history(window.chunk_frames, window.num_levels))
+    num_frames, pending = 0, []
+    for frame in frames:
+        num_frames += 1
+        history.append(frame)
+        pending.append(frame)
+        if len(pending) == window.chunk_frames:
+            yield np.stack(pending)
+            pending = []
+    if num_frames:
+        kept_from = num_frames - len(history)
+        indices = flush_indices(num_frames, window.chunk_frames, window.num_levels)
+        filled = pending + [history[index - kept_from] for index in indices]
+        yield from (np.stack(filled[i : i + window.chunk_frames]) for i in range(0, len(filled), window.chunk_frames))
+
+
+def animate_video(stages: Stages, portrait: Pixels, frames: Iterable[TimedFrame], seed: int) -> Iterator[TimedFrame]:
+    """One output frame per driving frame, with the driving frame's time. portrait and outputs as in `animate`."""
+    window = stages.config.window
+    times_s: deque[float] = deque()
+    num_frames = 0
+
+    def pictures() -> Iterator[Pixels]:
+        nonlocal num_frames
+        for frame in frames:
+            num_frames += 1
+            times_s.append(frame.time_s)
+            yield square_resize(frame.rgb, stages.config.size_px)
+
+    for result, decoded in enumerate(animate(stages, portrait, driving_chunks(pictures(), window), seed)):
+        chunk = source_chunk(result, window.num_levels)
+        if chunk is None:
+            continue
+        for rgb in decoded[: num_real_frames(chunk, num_frames, window.chunk_frames)]:
+            yield TimedFrame(rgb, times_s.popleft())
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole job; returns the report that `--json` prints. Raises UserError."""
+    total = header_num_frames(options.driving)
+    stages = load_stages(options.weights, device=options.device, num_threads=options.threads)
+    portrait = load_portrait(read_portrait(options.portrait), stages.config.size_px)
+    if options.weights != "tiny":
+        print(f"Licence of these weights: {stages.config.licence}.", file=sys.stderr)
+    frames = islice(read_video(options.driving), options.frames)
+    digest, num_frames, started_s = FramesHash(), 0, time.perf_counter()
+    limit = min(filter(None, (total, options.frames)), default=None)
+    with VideoWriter(options.out, audio_from=options.driving) as writer, tqdm(total=limit, unit="frame") as bar:
+        for frame in animate_video(stages, portrait, frames, options.seed):
+            writer.write(frame.rgb, frame.time_s)
+            digest.update(frame.rgb)
+            num_frames += 1
+            bar.update()
+    seconds = time.perf_counter() - started_s
+    return {
+        "out": str(options.out),
+        "frames": num_frames,
+        "seconds": round(seconds, 2),
+        "fps": round(num_frames / seconds, 2),
+        "seed": options.seed,
+        "frames_sha256": digest.hexdigest(),
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="python -m stages.animate", description="A video drives a portrait.")
+    result.add_argument("--portrait", required=True, help="picture file, or the name of a bundled portrait")
+    result.add_argument("--driving", required=True, type=Path, help="video of the person who moves it")
+    result.add_argument("--out", required=True, type=Path, help="mp4 to write")
+    result.add_argument("--weights", default="tiny", help="weights folder, ours or the official one (default: tiny)")
+    result.add_argument("--seed", type=_seed, default=0, help="of the noise (default 0)")
+    result.add_argument("--frames", type=_positive, help="at most so many driving frames")
+    result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    result.add_argument("--threads", type=int, default=0, help="torch threads (default: what a server's members use)")
+    result.add_argument("--json", action="store_true", help="print the report as JSON")
+    return result
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**64:
+        raise argparse.ArgumentTypeError("a seed lies between 0 and 2^64 - 1")
+    return seed
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least one frame")
+    return number
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        report = run(options)
+    except UserError as error:
+        print(f"error ({error.code}): {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(report))
+    else:
+        print(f"{report['out']}: {report['frames']} frames, {report['fps']} a second, sha256 {report['frames_sha256']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Every size of every network, and the constants of the sliding window, as frozen dataclasses. No torch, no Ray.
+
+The defaults are the official full-size model's; a weights folder's `config.json` holds the whole tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from stages.errors import BadConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Both UNets: the denoising one (3D) and the reference one (2D) share their shape."""
+
+    in_channels: int = 4
+    block_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    """Which resolutions carry reference attention, from the finest; the up path mirrors it."""
+    layers_per_block: int = 2
+    num_heads: int = 8
+    cross_attention_dim: int = 768
+    num_norm_groups: int = 32
+    num_motion_heads: int = 8
+    num_temporal_heads: int = 8
+    max_positions: int = 32
+    """Length of the temporal position table; a window may not have more frames."""
+
+
+@dataclass(frozen=True)
+class MotionEncoderConfig:
+    """Face crop to motion tokens (FAN trunk). `crop_px` must be a multiple of 8 and at least 4 · 2^hourglass_depth."""
+
+    crop_px: int = 224
+    stem_channels: int = 64
+    mid_channels: int = 128
+    trunk_channels: int = 256
+    num_landmarks: int = 68
+    attention_dim: int = 1024
+    num_attention_heads: int = 8
+    num_norm_groups: int = 32
+    hourglass_depth: int = 4
+    num_tokens: int = 32
+    token_dim: int = 16
+
+
+@dataclass(frozen=True)
+class KeypointConfig:
+    """Keypoint extractor (ConvNeXt V2) and how its points are drawn and boxed."""
+
+    image_px: int = 256
+    depths: tuple[int, ...] = (3, 3, 9, 3)
+    dims: tuple[int, ...] = (96, 192, 384, 768)
+    num_keypoints: int = 21
+    num_angle_bins: int = 66
+    drawn: tuple[int, ...] = (1, 2, 3, 4, 12, 15, 20)
+    colours: tuple[tuple[int, ...], ...] = (
+        (255, 0, 0),
+        (255, 255, 0),
+        (0, 255, 0),
+        (0, 255, 255),
+        (0, 0, 255),
+        (255, 0, 255),
+        (255, 0, 85),
+    )
+    """One RGB colour per drawn keypoint."""
+    radius_px: int = 4
+    box_factor: float = 1.7
+    translation_scale: float = 0.5
+
+
+@dataclass(frozen=True)
+class PoseGuiderConfig:
+    """Drawn keypoints to a feature map as large as the latents; each channel step after the first halves the sides."""
+
+    channels: tuple[int, ...] = (16, 32, 96, 256)
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """KL autoencoder. `pixel_patch` and `latent_patch` fold squares of pixels into channels around it (1: plain)."""
+
+    block_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    num_norm_groups: int = 32
+    mid_attention: bool = True
+    scaling_factor: float = 0.18215
+    pixel_patch: int = 1
+    latent_patch: int = 1
+
+    @property
+    def downscale(self) -> int:
+        """Picture side over latent side."""
+        return self.pixel_patch * 2 ** (len(self.block_channels) - 1) * self.latent_patch
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """CLIP vision tower that turns the portrait into one token."""
+
+    image_px: int = 224
+    patch_px: int = 14
+    hidden_dim: int = 1024
+    intermediate_dim: int = 4096
+    num_layers: int = 24
+    num_heads: int = 16
+    projection_dim: int = 768
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """The sliding window: `num_levels` chunks of `chunk_frames` frames, the cleanest first."""
+
+    chunk_frames: int = 4
+    timesteps: tuple[int, ...] = (0, 333, 666, 999)
+    """One timestep per level, from the cleanest to the noisiest."""
+    prediction: Literal["epsilon", "sample"] = "epsilon"
+    """What the denoiser's output means: the noise, or the clean latent itself."""
+    beta_start: float = 0.00085
+    beta_end: float = 0.02
+    max_keyframes: int = 3
+    keyframe_threshold: float = 17.0
+    """Distance in motion-token space above which a finished frame becomes a keyframe."""
+    first_keyframe_call: int = 9
+    """Calls before this one never add a keyframe (counted from 0)."""
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames inside the denoiser."""
+        return self.num_levels * self.chunk_frames
+
+    @property
+    def num_transition_frames(self) -> int:
+        """Frames that lead from the portrait to the first driving frame; also the structural delay in frames."""
+        return (self.num_levels - 1) * self.chunk_frames
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: what `config.json` of a weights folder holds."""
+
+    name: str = "personalive"
+    licence: str = "see WEIGHTS.md"
+    size_px: int = 512
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    motion_encoder: MotionEncoderConfig = field(default_factory=MotionEncoderConfig)
+    keypoints: KeypointConfig = field(default_factory=KeypointConfig)
+    pose_guider: PoseGuiderConfig = field(default_factory=PoseGuiderConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    window: WindowConfig = field(default_factory=WindowConfig)
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one frame's latent."""
+        side = self.size_px // self.vae.downscale
+        return self.unet.in_channels, side, side
+
+
+def check_config(config: ModelConfig) -> None:
+    """Raises BadConfig where sizes contradict each other, naming both."""
+    vae, unet, window = config.vae, config.unet, config.window
+    points, encoder = config.keypoints, config.motion_encoder
+    pose_downscale = 2 ** (len(config.pose_guider.channels) - 1)
+    wrong = [
+        (config.size_px % vae.downscale, f"size_px {config.size_px} is not a multiple of the VAE's {vae.downscale}"),
+        (
+            unet.in_channels != vae.latent_channels * vae.latent_patch**2,
+            f"unet.in_channels {unet.in_channels} is not vae.latent_channels · latent_patch²",
+        ),
+        (pose_downscale != vae.downscale, f"pose guider shrinks by {pose_downscale}, the VAE by {vae.downscale}"),
+        (not any(unet.attention_levels), "unet.attention_levels must be true somewhere: the portrait is read there"),
+        (len(unet.attention_levels) != len(unet.block_channels), "unet.attention_levels needs one entry per block"),
+        (
+            window.num_frames > unet.max_positions,
+            f"{window.num_frames} window frames exceed unet.max_positions {unet.max_positions}",
+        ),
+        (window.chunk_frames < 1 or window.num_levels < 2, "a window needs a frame per chunk and at least two levels"),
+        (len(points.colours) != len(points.drawn), "keypoints.colours needs one entry per drawn keypoint"),
+        (max(points.drawn, default=0) >= points.num_keypoints, "keypoints.drawn names more than num_keypoints"),
+        (len(points.dims) != len(points.depths), "keypoints.dims and keypoints.depths differ in length"),
+        (
+            encoder.crop_px % 8 or encoder.crop_px < 4 * 2**encoder.hourglass_depth,
+            f"motion_encoder.crop_px {encoder.crop_px} must be a multiple of 8, at least 4 · 2^hourglass_depth",
+        ),
+        (list(window.timesteps) != sorted(set(window.timesteps)), "window.timesteps must increase"),
+        (
+            config.image_encoder.projection_dim != unet.cross_attention_dim,
+            "image_encoder.projection_dim must equal unet.cross_attention_dim",
+        ),
+    ]
+    for bad, message in wrong:
+        if bad:
+            raise BadConfig(f"model config: {message}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
+    """Builds a config dataclass from JSON values. Unknown keys and wrong types raise BadConfig with their path."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise BadConfig(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(hints))}")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise BadConfig(f"{where}: expected an object, got {value!r}")
+        return from_dict(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise BadConfig(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(typing.get_args(hint)[0], entry, where) for entry in value)
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise BadConfig(f"{where}: {value!r} is not one of {', '.join(map(str, typing.get_args(hint)))}")
+        return value
+    allowed: Any = (int, float) if hint is float else hint
+    if isinstance(allowed, types.UnionType) or not isinstance(value, allowed) or (hint is int and value is True):
+        raise BadConfig(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    return float(value) if hint is float else value
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Reads `config.json` of a weights folder in our own format. Raises BadConfig."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadConfig(f"{path} is missing: not a weights folder, or one still to be converted") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig(f"{path} is not valid JSON: {error}") from None
+    return from_dict(ModelConfig, values, "config.json")
+
+
+def save_config(config: ModelConfig, folder: Path) -> None:
+    """Writes `config.json`."""
+    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")

@@ -1,0 +1,93 @@
+"""The denoise stage: motion into the sliding windows, clean chunks out.
+
+Called by the members and the in-process pipeline. The stage holds weights only: windows (`stages.window`) are values
+that the caller keeps, and a call may hold those of several sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.config import ModelConfig
+from stages.keypoints import draw
+from stages.messages import CleanChunk, Floats, Keyframe, MotionChunk, PortraitFeatures, ReferenceFeatures
+from stages.networks.pose_guider import PoseGuider
+from stages.networks.unet import DenoisingUNet, Memory, attention_names, project_memory
+from stages.window import Motion, WindowState, WindowStep, add_keyframe, open_window, run_windows
+
+
+@dataclass(frozen=True)
+class DenoiseStage:
+    """Pose guider and denoising UNet; weights only."""
+
+    config: ModelConfig
+    pose_guider: PoseGuider
+    denoising_unet: DenoisingUNet
+
+    @torch.inference_mode()
+    def open(
+        self, portrait: PortraitFeatures, portrait_tokens: Floats, seed: int, noise: Tensor | None = None
+    ) -> WindowState:
+        """A new session's window. portrait_tokens (T, D); seed 0 … 2^64 - 1; `noise` as in `open_window`."""
+        token = self._tensor(portrait.token)
+        return open_window(
+            self.config.window,
+            portrait=self._tensor(portrait.latent),
+            image_token=token,
+            memory=self._memory(portrait.features, token),
+            portrait_tokens=self._tensor(portrait_tokens),
+            seed=seed,
+            noise=noise,
+        )
+
+    @torch.inference_mode()
+    def run(
+        self, states: Sequence[WindowState], chunks: Sequence[MotionChunk]
+    ) -> list[tuple[WindowState, CleanChunk, Keyframe | None]]:
+        """One denoiser call over the windows of one or several sessions, each with its next chunk of motion.
+
+        A Keyframe must be encoded and given to `add_keyframe` before that session's next call.
+        """
+        return [self._answer(result) for result in self.steps(states, chunks)]
+
+    @torch.inference_mode()
+    def steps(
+        self,
+        states: Sequence[WindowState],
+        chunks: Sequence[MotionChunk],
+        noise: Sequence[Tensor | None] | None = None,
+    ) -> list[WindowStep]:
+        """`run` with its tensors still on the device; `noise` replaces each session's own."""
+        motions = [Motion(self._tensor(chunk.tokens), self._pose(chunk)) for chunk in chunks]
+        return run_windows(self.denoising_unet, self.config.window, states, motions, noise)
+
+    @torch.inference_mode()
+    def add_keyframe(self, state: WindowState, features: ReferenceFeatures) -> WindowState:
+        """The window with a keyframe's features behind its memory."""
+        return add_keyframe(state, self._memory(features, state.image_token))
+
+    def _answer(self, result: WindowStep) -> tuple[WindowState, CleanChunk, Keyframe | None]:
+        clean = CleanChunk(result.clean.float().cpu().numpy())
+        if result.keyframe is None:
+            return result.state, clean, None
+        token = result.state.image_token
+        return result.state, clean, Keyframe(result.keyframe.float().cpu().numpy(), token.float().cpu().numpy())
+
+    def _pose(self, chunk: MotionChunk) -> Tensor:
+        """(f, c0, h, w) pose features; keypoints travel rather than these, which are a thousand times larger."""
+        canvases = draw(torch.from_numpy(chunk.keypoints), self.config.size_px, self.config.keypoints)
+        return self.pose_guider(self._to_device(canvases))
+
+    def _memory(self, features: ReferenceFeatures, token: Tensor) -> Memory:
+        layers = [self._tensor(layer) for layer in features.layers]
+        return project_memory(self.denoising_unet, attention_names(self.config.unet), layers, token)
+
+    def _tensor(self, array: object) -> Tensor:
+        return self._to_device(torch.from_numpy(array))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(next(self.denoising_unet.parameters()))

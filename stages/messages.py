@@ -1,0 +1,96 @@
+"""What crosses between stages: frozen dataclasses of numpy arrays. No torch, no Ray.
+
+f = frames of a chunk, K = keypoints, T x D = motion tokens, h x w = latent sides, L x C = tokens of one attention layer.
+A session's first motion chunk also carries the transition from the portrait, so it has `num_transition_frames` more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Raw output of the keypoint extractor for n frames."""
+
+    canonical: Floats
+    """(n, K, 3) keypoints before pose."""
+    degrees: Floats
+    """(n, 3) pitch, yaw, roll."""
+    translation: Floats
+    """(n, 3)."""
+    scale: Floats
+    """(n, 1)."""
+
+
+@dataclass(frozen=True)
+class MotionState:
+    """What the motion stage must know of a session; passed in and returned with every chunk."""
+
+    portrait: Pose
+    """The portrait's own pose, n = 1."""
+    portrait_tokens: Floats
+    """(T, D) motion tokens of the portrait's face."""
+    started: bool = False
+    """Whether the transition from the portrait has been sent."""
+    first: Pose | None = None
+    """Pose of the first driving frame with a usable face, n = 1: translations are relative to it."""
+    last_tokens: Floats | None = None
+    """(T, D) tokens of the last frame that had a usable face: held while there is none."""
+    held: Pose | None = None
+    """That frame's retargeted pose, n = 1."""
+
+
+@dataclass(frozen=True)
+class MotionChunk:
+    """Motion to denoise: one chunk of motion, retargeted to the portrait."""
+
+    tokens: Floats
+    """(f, T, D); on a session's first chunk (num_transition_frames + f, T, D)."""
+    keypoints: Floats
+    """(f, K, 3), likewise longer on the first chunk; [-1, 1] spans the picture."""
+    no_face: tuple[bool, ...]
+    """Per driving frame: True where no usable face was found and the last motion is held."""
+
+
+@dataclass(frozen=True)
+class ReferenceFeatures:
+    """Reference to denoise: what the denoiser reads of the portrait, or of a keyframe."""
+
+    layers: tuple[NDArray[np.float16], ...]
+    """(L, C) per attention layer in running order (`unet.attention_names`), rounded to fp16 as the method does."""
+
+
+@dataclass(frozen=True)
+class PortraitFeatures:
+    """Reference to denoise, once per session."""
+
+    features: ReferenceFeatures
+    token: Floats
+    """(cross_attention_dim,) the image encoder's token."""
+    latent: Floats
+    """(c, h, w) the portrait's latent."""
+
+
+@dataclass(frozen=True)
+class CleanChunk:
+    """Denoise to decode: the chunk that left the window."""
+
+    latents: Floats
+    """(f, c, h, w)."""
+
+
+@dataclass(frozen=True)
+class Keyframe:
+    """Denoise to reference: a finished frame that is to extend the reference memory."""
+
+    latent: Floats
+    """(c, h, w)."""
+    token: Floats
+    """(cross_attention_dim,) the portrait's token."""

@@ -1,0 +1,138 @@
+"""Building blocks that several networks share: attention, feed-forward, residual block, resampling, time embedding.
+
+Parameter names are the official checkpoints' names, so that weights load without renaming.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(b, l, heads · d) to (b, heads, l, d)."""
+    return rearrange(x, "b l (h d) -> b h l d", h=num_heads)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(b, heads, l, d) to (b, l, heads · d)."""
+    return rearrange(x, "b h l d -> b l (h d)")
+
+
+class Attention(nn.Module):
+    """Multi-head attention; queries from `x`, keys and values from `context`, scaled by 1/sqrt(head size)."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (b, l, dim), context (b, m, context_dim) to (b, l, dim)."""
+        query = split_heads(self.to_q(x), self.num_heads)
+        key = split_heads(self.to_k(context), self.num_heads)
+        value = split_heads(self.to_v(context), self.num_heads)
+        return self.to_out[0](merge_heads(F.scaled_dot_product_attention(query, key, value)))
+
+
+class GEGLU(nn.Module):
+    """Linear to twice the width; the first half is the value, the second half the gate (exact GELU)."""
+
+    def __init__(self, dim: int, inner_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU of four times the width and back. `net.1` is the place of the checkpoints' dropout."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions with GroupNorm and SiLU, a time embedding between them (unless `time_dim` is None)."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int | None, num_groups: int, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = None if time_dim is None else nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """x (n, in, h, w), time (n, time_dim) already through SiLU, to (n, out, h, w)."""
+        residual = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None and time is not None:
+            residual = residual + rearrange(self.time_emb_proj(time), "n c -> n c 1 1")
+        residual = self.conv2(F.silu(self.norm2(residual)))
+        return residual + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2, padded on all sides."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour growth to `size` (h, w), then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class TimeEmbedding(nn.Module):
+    """Timesteps (n,) to (n, dim): sinusoids of `num_sinusoids` channels, cosine half first, then two linear layers."""
+
+    def __init__(self, num_sinusoids: int, dim: int):
+        super().__init__()
+        self.num_sinusoids = num_sinusoids
+        self.linear_1 = nn.Linear(num_sinusoids, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        half = self.num_sinusoids // 2
+        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+def temporal_positions(num_positions: int, dim: int) -> Tensor:
+    """(num_positions, dim) table: sine on even, cosine on odd channels, wavelengths up to 10000 · 2π frames."""
+    # On the CPU even while a network is built on the meta device: the table is computed, never loaded.
+    position = torch.arange(num_positions, device="cpu")[:, None]
+    frequency = torch.exp(torch.arange(0, dim, 2, device="cpu") * (-math.log(10000.0) / dim))
+    table = torch.zeros(num_positions, dim, device="cpu")
+    table[:, 0::2] = torch.sin(position * frequency)
+    table[:, 1::2] = torch.cos(position * frequency)
+    return table
