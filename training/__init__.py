@@ -1,0 +1,1 @@
+"""The synthetic world and the training of the weights. Imports stages; nothing imports it."""
