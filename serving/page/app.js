@@ -1,0 +1,328 @@
+// The page: a camera or clip goes to /v1/stream, the moving portrait comes back. The protocol is docs/protocol.md.
+
+const MAX_BUFFERED_BYTES = 1_000_000;
+const MAX_PORTRAIT_BYTES = 4_000_000;
+const PORTRAIT_PX = 1024;
+const JPEG_QUALITY = 0.9;
+const PING_MS = 5000;
+const FIGURES_MS = 3000; // what the shown rates and delays look back over
+
+const byId = (id) => document.getElementById(id);
+const video = byId("driving");
+const output = byId("output");
+const picture = output.getContext("2d");
+
+let portrait = null; // {name} of a bundled one, or {file}
+let session = null; // the one that is running
+
+// Messages: a JSON header, with a payload in one binary envelope.
+
+function pack(header, payload) {
+  const head = new TextEncoder().encode(JSON.stringify(header));
+  const message = new Uint8Array(4 + head.length + payload.byteLength);
+  new DataView(message.buffer).setUint32(0, head.length);
+  message.set(head, 4);
+  message.set(new Uint8Array(payload), 4 + head.length);
+  return message;
+}
+
+function unpack(data) {
+  if (typeof data === "string") return [JSON.parse(data), null];
+  const length = new DataView(data).getUint32(0);
+  return [JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length))), data.slice(4 + length)];
+}
+
+// One session.
+
+class Session {
+  constructor() {
+    this.ready = null;
+    this.closed = false;
+    this.seq = 0;
+    this.shown = 0;
+    this.encoding = false;
+    this.lastSentMs = -Infinity;
+    this.drawing = Promise.resolve(); // decodes and draws in the order of arrival
+    this.sentAt = [];
+    this.shownAt = []; // [time, delay or null]
+    this.skipped = 0;
+    this.dropped = {};
+    this.socket = new WebSocket(new URL("v1/stream", document.baseURI.replace(/^http/, "ws")));
+    this.socket.binaryType = "arraybuffer";
+    this.socket.onopen = () => this.hello();
+    this.socket.onmessage = (event) => this.receive(...unpack(event.data));
+    this.socket.onclose = () => this.fail("The server closed the connection.");
+    this.pinging = setInterval(() => this.say({ type: "ping", client_ms: performance.now() }), PING_MS);
+  }
+
+  async hello() {
+    const header = { type: "hello", protocol: 1, mode: "live", codec: "jpeg" };
+    if (portrait.name) this.say({ ...header, portrait: portrait.name });
+    else this.socket.send(pack(header, await portrait.file.arrayBuffer()));
+  }
+
+  say(header) {
+    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(header));
+  }
+
+  receive(header, payload) {
+    if (this.closed) return;
+    if (header.type === "ready") this.begin(header);
+    else if (header.type === "frame") this.show(header, payload);
+    else if (header.type === "notice") tell("connecting", header.message);
+    else if (header.type === "error" && header.fatal) this.fail(header.message);
+    else if (header.type === "error") tell("live", header.message);
+  }
+
+  begin(ready) {
+    this.ready = ready;
+    output.width = output.height = ready.size_px;
+    this.canvas = document.createElement("canvas");
+    this.canvas.width = this.canvas.height = ready.size_px;
+    tell("live", "Live.");
+  }
+
+  // One encode at a time, and nothing that would only wait in a buffer: a camera picture is worth most when it is new.
+  async capture(captureMs) {
+    if (!this.ready || this.closed) return;
+    const tooSoon = captureMs - this.lastSentMs < 900 / this.ready.fps;
+    if (tooSoon) return;
+    if (this.encoding || this.socket.bufferedAmount > MAX_BUFFERED_BYTES) {
+      this.skipped += 1;
+      return;
+    }
+    this.encoding = true;
+    this.lastSentMs = captureMs;
+    try {
+      drawSquare(this.canvas, video, video.videoWidth, video.videoHeight, video.classList.contains("mirrored"));
+      const blob = await new Promise((done) => this.canvas.toBlob(done, "image/jpeg", JPEG_QUALITY));
+      const payload = await blob.arrayBuffer();
+      if (this.closed || this.socket.readyState !== WebSocket.OPEN) return;
+      this.socket.send(pack({ type: "frame", seq: this.seq++, capture_ms: captureMs }, payload));
+      this.sentAt.push(performance.now());
+    } finally {
+      this.encoding = false;
+    }
+  }
+
+  show(header, payload) {
+    const decoding = createImageBitmap(new Blob([payload], { type: "image/jpeg" }));
+    this.drawing = this.drawing.then(async () => {
+      const bitmap = await decoding;
+      if (!this.closed) {
+        picture.drawImage(bitmap, 0, 0);
+        document.body.classList.add("live");
+        this.shown += 1;
+        this.dropped = header.dropped;
+        this.stageMs = header.stage_ms;
+        this.noFace = header.no_face;
+        const now = performance.now();
+        this.shownAt.push([now, header.capture_ms === null ? null : now - header.capture_ms]);
+        this.say({ type: "shown", count: this.shown });
+      }
+      bitmap.close();
+    }).catch(() => this.fail("A picture from the server could not be decoded."));
+  }
+
+  stop() {
+    this.say({ type: "bye" });
+    this.close();
+  }
+
+  fail(message) {
+    if (this.closed) return;
+    this.close();
+    tell("error", message);
+    byId("reconnect").hidden = false;
+    byId("start").textContent = "Start";
+    stopSource();
+  }
+
+  close() {
+    this.closed = true;
+    clearInterval(this.pinging);
+    this.socket.close();
+    document.body.classList.remove("live");
+  }
+
+  figures() {
+    const since = performance.now() - FIGURES_MS;
+    this.sentAt = this.sentAt.filter((time) => time >= since);
+    this.shownAt = this.shownAt.filter(([time]) => time >= since);
+    const delays = this.shownAt.map(([, delay]) => delay).filter((delay) => delay !== null).sort((a, b) => a - b);
+    const dropped = Object.values(this.dropped).reduce((sum, count) => sum + count, this.skipped);
+    return {
+      delay: delays.length ? Math.round(delays[delays.length >> 1]) : "–",
+      "fps-in": rate(this.sentAt),
+      "fps-out": rate(this.shownAt.map(([time]) => time)),
+      dropped,
+    };
+  }
+}
+
+function rate(times) {
+  if (times.length < 2) return "–";
+  return ((times.length - 1) * 1000 / (times.at(-1) - times[0])).toFixed(1);
+}
+
+function drawSquare(canvas, image, width, height, mirrored) {
+  const side = Math.min(width, height);
+  const context = canvas.getContext("2d");
+  context.setTransform(mirrored ? -1 : 1, 0, 0, 1, mirrored ? canvas.width : 0, 0);
+  context.drawImage(image, (width - side) / 2, (height - side) / 2, side, side, 0, 0, canvas.width, canvas.height);
+}
+
+// The source: a camera or the bundled clip.
+
+async function startSource() {
+  stopSource();
+  const source = byId("source").value;
+  video.classList.toggle("mirrored", source !== "clip");
+  if (source === "clip") {
+    video.src = "v1/clip.mp4";
+  } else {
+    if (!navigator.mediaDevices) throw new Error("Cameras work only on https or localhost: open the page there.");
+    const camera = source === "camera" ? {} : { deviceId: { exact: source } };
+    const wanted = { ...camera, width: { ideal: 640 }, height: { ideal: 480 }, frameRate: { ideal: 30 } };
+    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: wanted, audio: false });
+    await listSources();
+  }
+  await video.play();
+}
+
+function stopSource() {
+  video.srcObject?.getTracks().forEach((track) => track.stop());
+  video.srcObject = null;
+  video.removeAttribute("src");
+  video.load();
+}
+
+async function listSources() {
+  const select = byId("source");
+  const chosen = select.value;
+  const devices = (await navigator.mediaDevices?.enumerateDevices().catch(() => [])) ?? [];
+  const cameras = devices.filter((device) => device.kind === "videoinput" && device.deviceId);
+  const options = [new Option("Bundled clip", "clip")];
+  // Before the first permission browsers name no cameras: one entry then stands for whichever there is.
+  if (cameras.length) options.push(...cameras.map((camera, n) => new Option(camera.label || `Camera ${n + 1}`, camera.deviceId)));
+  else options.push(new Option("Camera", "camera"));
+  select.replaceChildren(...options);
+  select.value = options.some((option) => option.value === chosen) ? chosen : options[chosen === "camera" ? 1 : 0].value;
+}
+
+function onEveryFrame(callback) {
+  if (video.requestVideoFrameCallback) {
+    const next = (now, metadata) => {
+      callback(metadata.captureTime ?? now);
+      video.requestVideoFrameCallback(next);
+    };
+    video.requestVideoFrameCallback(next);
+    return;
+  }
+  let lastTime = -1;
+  const next = (now) => {
+    if (video.currentTime !== lastTime) callback(now);
+    lastTime = video.currentTime;
+    requestAnimationFrame(next);
+  };
+  requestAnimationFrame(next);
+}
+
+// The portrait: bundled or uploaded.
+
+async function listPortraits() {
+  const bundled = await (await fetch("v1/portraits")).json();
+  for (const { name, url } of bundled) addPortrait(name, url, { name });
+  const upload = document.createElement("label");
+  upload.className = "portrait upload";
+  upload.innerHTML = '<input id="upload" type="file" accept="image/*"><span class="plus">+</span><span>Yours</span>';
+  upload.querySelector("input").onchange = (event) => event.target.files[0] && usePicture(event.target.files[0]);
+  byId("portraits").append(upload);
+  byId("portraits").querySelector("input[type=radio]")?.click();
+}
+
+function addPortrait(label, url, value) {
+  const choice = byId("portrait-choice").content.cloneNode(true);
+  choice.querySelector("img").src = url;
+  choice.querySelector("span").textContent = label;
+  const radio = choice.querySelector("input");
+  radio.onchange = () => choosePortrait(value, url);
+  byId("portraits").insertBefore(choice, byId("portraits").querySelector(".upload"));
+  return radio;
+}
+
+async function usePicture(file) {
+  try {
+    const small = await fitPicture(file);
+    addPortrait(file.name.slice(0, 10), URL.createObjectURL(small), { file: small }).click();
+  } catch {
+    tell("error", "This file is not a picture that the browser can read: choose a JPEG or PNG.");
+  }
+}
+
+// The server takes JPEG, PNG and WebP up to 4 MiB; everything else that the browser can show becomes a JPEG here.
+async function fitPicture(file) {
+  const bitmap = await createImageBitmap(file);
+  const isFine = ["image/jpeg", "image/png", "image/webp"].includes(file.type) && file.size < MAX_PORTRAIT_BYTES;
+  if (isFine) return file;
+  const scale = Math.min(1, PORTRAIT_PX / Math.min(bitmap.width, bitmap.height));
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.round(bitmap.width * scale);
+  canvas.height = Math.round(bitmap.height * scale);
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.95));
+}
+
+function choosePortrait(value, url) {
+  portrait = value;
+  byId("portrait").src = url;
+  if (session && !session.closed) start();
+}
+
+// Controls.
+
+function tell(state, message) {
+  byId("status").dataset.state = state;
+  byId("status").textContent = message;
+}
+
+async function start() {
+  session?.stop();
+  byId("reconnect").hidden = true;
+  if (!portrait) return tell("error", "Choose a portrait first.");
+  tell("connecting", "Connecting …");
+  try {
+    if (video.paused || !video.currentSrc && !video.srcObject) await startSource();
+  } catch (error) {
+    stopSource();
+    return tell("error", `The source cannot be opened: ${error.message}`);
+  }
+  byId("start").textContent = "Stop";
+  session = new Session();
+}
+
+function stop() {
+  session?.stop();
+  stopSource();
+  byId("start").textContent = "Start";
+  tell("idle", "Stopped.");
+}
+
+function showFigures() {
+  if (!session || session.closed) return;
+  for (const [id, value] of Object.entries(session.figures())) byId(id).textContent = value;
+  const stages = Object.entries(session.stageMs ?? {}).map(([stage, ms]) => `${stage.replace("_", " ")} ${Math.round(ms)} ms`);
+  byId("detail").textContent = (session.noFace ? "No face in view. " : "") + stages.join(" · ");
+}
+
+byId("start").onclick = () => (session && !session.closed ? stop() : start());
+byId("reconnect").onclick = start;
+byId("source").onchange = () => {
+  stopSource();
+  if (session && !session.closed) start();
+};
+onEveryFrame((captureMs) => session?.capture(captureMs));
+setInterval(showFigures, 500);
+navigator.mediaDevices?.addEventListener("devicechange", listSources);
+listSources();
+listPortraits().catch(() => tell("error", "The server does not answer: reload the page."));

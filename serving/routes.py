@@ -1,0 +1,94 @@
+"""The HTTP and websocket routes of one ingress replica, as a plain FastAPI application. No Ray, no torch.
+
+Called by `serving.application` in every replica, and by tests without Ray.
+"""
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI, HTTPException, WebSocket
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+
+from serving import protocol
+from serving.connection import Connection
+from serving.session import Pipeline, serve_session
+from serving.settings import Settings
+from stages.portraits import BUNDLED_CLIP, bundled_portraits
+
+PAGE = Path(__file__).parent / "page"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the routes need of the replica that they run in."""
+
+    connect: Callable[[], Awaitable[Pipeline]]
+    """The pipeline, as soon as it is loaded; raises UserError with the reason when it cannot be."""
+    not_ready_because: Callable[[], str | None]
+    """Why there is no pipeline yet, as a sentence; None when there is one."""
+    held: Callable[[FastAPI], AbstractAsyncContextManager[None]]
+    """Connects at its start and gives the pipeline back at its end."""
+
+
+def build_api(backend: Backend, settings: Settings) -> FastAPI:
+    """All routes. One replica serves at most `settings.max_sessions` streams at a time."""
+    api = FastAPI(title="PersonaLive", lifespan=backend.held, docs_url=None, redoc_url=None)
+    api.mount("/static", StaticFiles(directory=PAGE), name="static")
+    _add_files(api)
+    _add_health(api, backend)
+    _add_stream(api, backend, settings)
+    return api
+
+
+def _add_files(api: FastAPI) -> None:
+    @api.get("/")
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @api.get("/v1/portraits")
+    async def portraits() -> list[dict[str, str]]:
+        return [{"name": name, "url": f"v1/portraits/{name}.png"} for name in bundled_portraits()]
+
+    @api.get("/v1/portraits/{name}.png")
+    async def portrait(name: str) -> FileResponse:
+        path = bundled_portraits().get(name)
+        if path is None:
+            raise HTTPException(404, f"there is no bundled portrait {name[:64]!r}")
+        return FileResponse(path, media_type="image/png")
+
+    @api.get("/v1/clip.mp4")
+    async def clip() -> FileResponse:
+        if not BUNDLED_CLIP.exists():
+            raise HTTPException(404, "there is no bundled clip in this installation")
+        return FileResponse(BUNDLED_CLIP, media_type="video/mp4")
+
+
+def _add_health(api: FastAPI, backend: Backend) -> None:
+    @api.get("/healthz")
+    async def alive() -> dict[str, bool]:
+        return {"alive": True}
+
+    @api.get("/readyz")
+    async def ready() -> JSONResponse:
+        reason = backend.not_ready_because()
+        return JSONResponse({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
+
+
+def _add_stream(api: FastAPI, backend: Backend, settings: Settings) -> None:
+    sockets: set[WebSocket] = set()
+
+    @api.websocket("/v1/stream")
+    async def stream(socket: WebSocket) -> None:
+        await socket.accept()
+        if len(sockets) >= settings.max_sessions:
+            busy = f"all {settings.max_sessions} places are taken: try again later"
+            await Connection(socket, settings).finish(protocol.Error("busy", busy, fatal=True))
+            return
+        sockets.add(socket)
+        try:
+            await serve_session(socket, backend.connect, settings)
+        finally:
+            sockets.discard(socket)

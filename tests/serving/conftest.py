@@ -1,0 +1,131 @@
+"""A real server on a real socket, with a pipeline that echoes its input after the structural delay."""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import uvicorn
+
+from serving.codec import encode
+from serving.routes import Backend, build_api
+from serving.settings import Settings
+from stages.config import ModelConfig, UNetConfig, WindowConfig
+from stages.errors import BadPortrait
+
+
+@dataclass(frozen=True)
+class EchoedChunk:
+    frames: np.ndarray
+    no_face: tuple[bool, ...]
+    stage_ms: dict[str, float]
+
+
+@dataclass
+class EchoStream:
+    """Gives back each chunk `num_levels - 1` calls later; before that, the portrait. A black frame has no face."""
+
+    pool: "EchoPool"
+    portrait: np.ndarray
+    id: str = "echo"
+    num_calls: int = 0
+    in_flight: int = 0
+    closed: bool = False
+    entered: list = field(default_factory=list)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def run(self, frames):
+        window = self.pool.config.window
+        assert frames.shape == (window.chunk_frames, *self.portrait.shape)
+        self.num_calls += 1
+        self.in_flight += 1
+        self.pool.max_in_flight = max(self.pool.max_in_flight, self.in_flight)
+        self.entered.append(frames)
+        number = len(self.entered) - 1
+        async with self.turn:
+            await asyncio.sleep(self.pool.chunk_s)
+        self.in_flight -= 1
+        if self.num_calls > self.pool.fail_after:
+            raise self.pool.failure
+        source = number - (window.num_levels - 1)
+        shown = self.entered[source] if source >= 0 else np.stack([self.portrait] * window.chunk_frames)
+        return EchoedChunk(shown, tuple(bool(frame.max() == 0) for frame in frames), {"denoise": 1.0})
+
+    async def close(self):
+        self.closed = True
+
+
+@dataclass
+class EchoPool:
+    config: ModelConfig
+    chunk_s: float = 0.0
+    connect_s: float = 0.0
+    open_s: float = 0.0
+    fail_after: int = 10**9
+    failure: Exception = field(default_factory=lambda: RuntimeError("the pipeline broke"))
+    max_in_flight: int = 0
+    streams: list[EchoStream] = field(default_factory=list)
+
+    async def open(self, portrait, seed):
+        await asyncio.sleep(self.open_s)
+        if portrait.max() == 0:
+            raise BadPortrait("the portrait shows no face: take another picture")
+        self.streams.append(EchoStream(self, portrait))
+        return self.streams[-1]
+
+
+def tiny_config(chunk_frames=3, num_levels=4, size_px=64):
+    window = WindowConfig(chunk_frames=chunk_frames, timesteps=tuple(range(num_levels)))
+    return ModelConfig(name="echo", size_px=size_px, window=window, unet=UNetConfig(max_positions=64))
+
+
+@dataclass
+class EchoServer:
+    url: str
+    pool: EchoPool
+
+    async def until_closed(self):
+        """Waits until every stream has given its place back."""
+        async with asyncio.timeout(3):
+            while not all(stream.closed for stream in self.pool.streams):
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def echo_server():
+    """A function that starts a server: `await echo_server(settings, chunk_s=...)`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(settings=None, config=None, **behaviour):
+            pool = EchoPool(config or tiny_config(), **behaviour)
+
+            async def connect():
+                await asyncio.sleep(pool.connect_s)
+                return pool
+
+            @contextlib.asynccontextmanager
+            async def held(api):
+                yield
+
+            api = build_api(Backend(connect, lambda: None, held), settings or Settings())
+            server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning", ws_max_size=2**24))
+            running = asyncio.create_task(server.serve())
+            while not server.started:
+                await asyncio.sleep(0.01)
+
+            async def stop():
+                server.should_exit = server.force_exit = True
+                await running
+
+            stack.push_async_callback(stop)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            return EchoServer(f"ws://127.0.0.1:{port}/v1/stream", pool)
+
+        yield start
+
+
+@pytest.fixture
+def portrait():
+    """A portrait file's bytes."""
+    return encode(np.full((80, 80, 3), 200, dtype=np.uint8), "png")

@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+
+from serving.codec import encode
+from serving.intake import Intake
+from serving.protocol import DrivingFrame, Hello, ProtocolError
+from stages.chunks import flush_indices
+from stages.config import ModelConfig, UNetConfig, WindowConfig
+
+WINDOW = WindowConfig(chunk_frames=3, timesteps=(0, 1))
+CONFIG = ModelConfig(size_px=64, window=WINDOW, unet=UNetConfig(max_positions=64))
+
+
+class Camera:
+    """Feeds an intake with raw frames, each of one grey value: its sequence number."""
+
+    def __init__(self, mode="live"):
+        self.intake = Intake(Hello(1, mode=mode, codec="raw"), CONFIG)
+        self.seq = 0
+
+    def take(self, now_s=None, seq=None, side=20, payload=None, credit=10**6, period_s=None):
+        seq = self.seq if seq is None else seq
+        self.seq = seq + 1
+        now_s = seq / 25 if now_s is None else now_s
+        data = encode(np.full((side, side, 3), seq % 256, np.uint8), "raw") if payload is None else payload
+        message = DrivingFrame(seq, now_s * 1000, side, side)
+        self.intake.take(message, memoryview(data), now_s, credit, period_s)
+
+    def refused(self, **options):
+        with pytest.raises(ProtocolError) as error:
+            self.take(**options)
+        return error.value.code
+
+
+def seqs(chunk):
+    return [frame.seq for frame in chunk.frames]
+
+
+def test_a_lossless_chunk_is_the_next_frames_in_order():
+    camera = Camera("lossless")
+    for _ in range(7):
+        camera.take()
+    assert seqs(camera.intake.next_chunk()) == [0, 1, 2]
+    assert seqs(camera.intake.next_chunk()) == [3, 4, 5]
+    assert camera.intake.next_chunk() is None
+
+
+def test_a_live_chunk_needs_new_frames_and_takes_them_spread_up_to_the_newest():
+    camera = Camera()
+    for _ in range(6):
+        camera.take()
+    assert seqs(camera.intake.next_chunk()) == [1, 3, 5]
+    camera.take()
+    assert camera.intake.next_chunk() is None
+    assert camera.intake.dropped == {"surplus": 3, "stale": 0}
+
+
+def test_frames_are_resized_to_the_models_square():
+    camera = Camera("lossless")
+    for _ in range(3):
+        camera.take(side=30)
+    assert camera.intake.next_chunk().frames[0].rgb.shape == (64, 64, 3)
+
+
+def test_a_live_ring_is_bounded_whatever_comes_in():
+    camera = Camera()
+    for _ in range(100):
+        camera.take()
+    assert camera.intake.dropped["surplus"] == 91
+    assert seqs(camera.intake.next_chunk())[-1] == 99
+
+
+def test_frames_too_old_are_dropped_but_a_slow_camera_is_not_starved():
+    camera = Camera()
+    for k in range(2):
+        camera.take(now_s=k * 0.04, period_s=0.1)
+    camera.take(now_s=10.0, period_s=0.1)
+    assert camera.intake.dropped["stale"] == 2
+    slow = Camera()
+    chunks = 0
+    for k in range(30):
+        slow.take(now_s=k * 0.5, period_s=0.1)
+        chunks += slow.intake.next_chunk() is not None
+    assert chunks >= 9
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 6, 11, 20])
+def test_the_tail_is_that_of_the_offline_tool(num_frames):
+    camera = Camera("lossless")
+    used, real = [], 0
+    for _ in range(num_frames):
+        camera.take()
+        while (chunk := camera.intake.next_chunk()) is not None:
+            used, real = used + seqs(chunk), real + chunk.num_real
+    assert not camera.intake.is_used_up
+    camera.intake.end()
+    while (chunk := camera.intake.next_chunk()) is not None:
+        used, real = used + seqs(chunk), real + chunk.num_real
+    assert used == [*range(num_frames), *flush_indices(num_frames, 3, 2)]
+    assert real == num_frames == camera.intake.num_used
+    assert camera.intake.is_used_up
+
+
+def test_an_end_without_frames_needs_no_pipeline():
+    camera = Camera()
+    camera.intake.end()
+    assert camera.intake.next_chunk() is None and camera.intake.is_used_up
+
+
+def test_every_received_frame_is_used_or_dropped_for_a_reason():
+    camera = Camera()
+    for k in range(40):
+        camera.take()
+        if k % 7 == 0:
+            camera.intake.next_chunk()
+    camera.refused(seq=3)
+    camera.intake.drop_pending()
+    intake = camera.intake
+    assert intake.num_received == 41 == intake.num_used + sum(intake.dropped.values())
+
+
+def test_what_is_wrong_with_a_frame_is_said_and_counted():
+    camera = Camera()
+    camera.take(seq=5)
+    assert camera.refused(seq=5) == "seq_backwards"
+    assert camera.refused(seq=4) == "seq_backwards"
+    assert camera.refused(seq=6, side=21) == "frame_size_changed"
+    assert camera.refused(seq=7, payload=b"xyz") == "bad_frame"
+    camera.take(seq=8)
+    camera.intake.end()
+    assert camera.refused(seq=9) == "unexpected"
+    assert camera.intake.dropped["seq_backwards"] == 2
+
+
+def test_a_lossless_client_without_credit_is_refused_and_a_live_one_needs_none():
+    camera = Camera("lossless")
+    camera.take(credit=1)
+    assert camera.refused(credit=1) == "no_credit"
+    Camera("live").take(credit=0)
