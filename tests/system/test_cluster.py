@@ -1,0 +1,300 @@
+"""The pool on a real local Ray: sessions, deaths, leases. Stages sleep where their results do not matter."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.util import list_named_actors
+from ray.util.placement_group import placement_group_table
+
+from cluster.artificial import CONFIG
+from cluster.errors import BadChunk, MemberLost, PoolFailed, SessionClosed
+from cluster.overlap import measure
+from cluster.pool import NAMESPACE
+from cluster.session import DecodedChunk, Pool, Session
+from cluster.settings import STAGES, PoolSettings, pool_name
+from stages.config import (
+    ImageEncoderConfig,
+    KeypointConfig,
+    ModelConfig,
+    MotionEncoderConfig,
+    PoseGuiderConfig,
+    UNetConfig,
+    VaeConfig,
+    WindowConfig,
+)
+from stages.errors import BadPortrait
+from stages.messages import Pixels
+
+pytestmark = pytest.mark.system
+
+SLEEPING = PoolSettings(artificial_ms=(("motion", 20.0), ("denoise", 20.0), ("decode", 20.0)), lease_s=3.0)
+DRIVING = np.zeros((CONFIG.window.chunk_frames, CONFIG.size_px, CONFIG.size_px, 3), np.uint8)
+PORTRAIT = DRIVING[0]
+
+SMALL = ModelConfig(
+    name="small",
+    size_px=32,
+    unet=UNetConfig(
+        block_channels=(8, 16),
+        attention_levels=(True, False),
+        layers_per_block=1,
+        num_heads=2,
+        cross_attention_dim=6,
+        num_norm_groups=4,
+        num_motion_heads=2,
+        num_temporal_heads=4,
+        max_positions=9,
+    ),
+    motion_encoder=MotionEncoderConfig(
+        crop_px=32,
+        stem_channels=4,
+        mid_channels=4,
+        trunk_channels=8,
+        num_landmarks=5,
+        attention_dim=32,
+        num_attention_heads=2,
+        num_norm_groups=2,
+        hourglass_depth=2,
+        num_tokens=3,
+        token_dim=4,
+    ),
+    keypoints=KeypointConfig(image_px=32, depths=(1, 1, 1, 1), dims=(4, 6, 8, 10)),
+    pose_guider=PoseGuiderConfig(channels=(4, 6, 8)),
+    vae=VaeConfig(block_channels=(4, 6, 8), layers_per_block=1, num_norm_groups=2),
+    image_encoder=ImageEncoderConfig(
+        image_px=28, hidden_dim=8, intermediate_dim=12, num_layers=1, num_heads=2, projection_dim=6
+    ),
+    # Every motion differs from every other by more than this: keyframes from the second call on, until there are two.
+    window=WindowConfig(
+        chunk_frames=2, timesteps=(0, 400, 999), max_keyframes=2, keyframe_threshold=0.0, first_keyframe_call=1
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Random weights of a small model."""
+    import torch
+
+    from stages.weights import NETWORKS, save_folder
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(5)
+    save_folder(folder, SMALL, {name: build(SMALL).state_dict() for name, build in NETWORKS.items()})
+    return str(folder)
+
+
+def pictures(seed: int, num_chunks: int) -> Pixels:
+    """(num_chunks, chunk_frames, s, s, 3) noise."""
+    shape = (num_chunks, SMALL.window.chunk_frames, SMALL.size_px, SMALL.size_px, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def in_one_process(weights: str, portrait: Pixels, chunks: Pixels, seed: int) -> tuple[list[Pixels], int]:
+    """What the stages make of a video when one follows the other, and the number of keyframes."""
+    from stages.pipeline import load_stages
+
+    stages: Any = load_stages(weights, STAGES, "cpu", 1)
+    motion, num_keyframes, frames = stages.motion.open(portrait), 0, []
+    window = stages.denoise.open(stages.reference.open(portrait), motion.portrait_tokens, seed)
+    for chunk in chunks:
+        [(motion, moved)] = stages.motion.run([motion], [chunk])
+        [(window, clean, keyframe)] = stages.denoise.run([window], [moved])
+        frames += stages.decode.run([clean])
+        if keyframe is not None:
+            num_keyframes += 1
+            window = stages.denoise.add_keyframe(window, stages.reference.keyframe(keyframe))
+    return frames, num_keyframes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's socket paths must stay short
+    ray.init(address="local", num_cpus=2, _temp_dir=folder, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@asynccontextmanager
+async def connected(settings: PoolSettings) -> AsyncIterator[Pool]:
+    pool = await Pool.connect(settings)
+    yield pool
+    await pool.close()
+    await removed(settings)
+
+
+async def removed(settings: PoolSettings) -> None:
+    await until(lambda: not actors(settings) and not groups(settings), within_s=3 * settings.lease_s)
+
+
+async def until(condition: Callable[[], bool], within_s: float) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited too long"
+        await asyncio.sleep(0.1)
+
+
+def actors(settings: PoolSettings) -> list[str]:
+    names = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
+    return sorted(name for name in names if name.startswith(pool_name(settings)))
+
+
+def groups(settings: PoolSettings) -> list[str]:
+    table = placement_group_table().values()
+    return [group["state"] for group in table if group["name"] == pool_name(settings) and group["state"] != "REMOVED"]
+
+
+async def process(settings: PoolSettings, member: str = "") -> int:
+    """The process of a member, or of the manager."""
+    name = pool_name(settings) + (f":{member}" if member else "")
+    pid: int = await ray.get_actor(name, NAMESPACE).__ray_call__.remote(lambda self: os.getpid())
+    return pid
+
+
+async def send(session: Session, num_chunks: int, frames: Pixels = DRIVING) -> list[Any]:
+    """Chunks all at once: their results, or errors."""
+    return await asyncio.gather(*(session.run(frames) for _ in range(num_chunks)), return_exceptions=True)
+
+
+async def test_sessions_stream_side_by_side_and_report_their_times() -> None:
+    async with connected(SLEEPING) as pool:
+        anna, ben = await asyncio.gather(pool.open(PORTRAIT, 1), pool.open(PORTRAIT, 2))
+        results = await asyncio.gather(send(anna, 12), send(ben, 12))
+        for result in [result for of_session in results for result in of_session]:
+            assert isinstance(result, DecodedChunk), result
+            assert (result.frames.shape, result.no_face) == (DRIVING.shape, (False,) * len(DRIVING))
+            assert result.stage_ms["denoise"] >= 20
+            assert set(result.stage_ms) == {s + t for s in ("motion", "denoise", "decode") for t in ("", "_wait")}
+
+
+@pytest.mark.parametrize(("max_batch", "max_difference"), [(1, 0), (4, 1)])
+async def test_interleaved_sessions_equal_one_process_keyframes_included(
+    weights: str, max_batch: int, max_difference: int
+) -> None:
+    settings = PoolSettings(weights, num_threads=1, max_batch=max_batch, lease_s=3.0, device="cpu")
+    portrait, chunks = pictures(0, 1)[0, 0], {7: pictures(1, 8), 8: pictures(2, 8)}
+    async with connected(settings) as pool:
+        assert pool.config == SMALL
+        sessions = {seed: await pool.open(portrait, seed) for seed in chunks}
+        tasks = [asyncio.create_task(sessions[seed].run(chunks[seed][i])) for i in range(8) for seed in chunks]
+        results = [result.frames for result in await asyncio.gather(*tasks)]
+    for offset, seed in enumerate(chunks):
+        expected, num_keyframes = in_one_process(weights, portrait, chunks[seed], seed)
+        assert num_keyframes == SMALL.window.max_keyframes
+        assert np.ptp(expected) > 10, "a picture without contrast would equal any other"
+        difference = np.abs(np.stack(results[offset::2]).astype(int) - np.stack(expected))
+        assert difference.max() <= max_difference
+
+
+async def test_frames_of_another_size_are_refused_and_the_session_goes_on() -> None:
+    async with connected(SLEEPING) as pool:
+        with pytest.raises(BadPortrait):
+            await pool.open(PORTRAIT[:-1], 0)
+        session = await pool.open(PORTRAIT, 0)
+        for frames in (DRIVING[:-1], DRIVING[:, 1:], DRIVING.astype(np.float32)):
+            with pytest.raises(BadChunk):
+                await session.run(frames)
+        assert isinstance(await session.run(DRIVING), DecodedChunk)
+
+
+async def test_a_closed_session_fails_what_is_in_flight_and_leaves_nothing_on_its_member() -> None:
+    async with connected(SLEEPING) as pool:
+        session = await pool.open(PORTRAIT, 0)
+        pending = asyncio.create_task(send(session, 5))
+        await asyncio.sleep(0.05)
+        await session.close()
+        assert isinstance((await pending)[-1], SessionClosed)
+        member = ray.get_actor(f"{pool_name(SLEEPING)}:denoise-0", NAMESPACE)
+        assert await member.sessions.remote() == []
+
+
+@pytest.mark.parametrize("member", ["denoise-0", "decode-0", "motion+reference-0"])
+async def test_a_killed_member_ends_its_sessions_and_new_ones_work(member: str) -> None:
+    async with connected(SLEEPING) as pool:
+        session = await pool.open(PORTRAIT, 0)
+        await session.run(DRIVING)
+        others = {name: await process(SLEEPING, name) for name in ("denoise-0", "decode-0") if name != member}
+        victim = await process(SLEEPING, member)
+        pending = asyncio.create_task(send(session, 12))
+        await asyncio.sleep(0.05)
+        os.kill(victim, signal.SIGKILL)
+        errors = [result for result in await pending if not isinstance(result, DecodedChunk)]
+        assert errors
+        assert {(type(error), error.code) for error in errors} == {(MemberLost, "member_lost")}
+        with pytest.raises(MemberLost):
+            await session.run(DRIVING)
+        again = await pool.open(PORTRAIT, 0)
+        assert isinstance(await again.run(DRIVING), DecodedChunk)
+        assert others == {name: await process(SLEEPING, name) for name in others}
+
+
+async def test_a_killed_manager_is_not_noticed_and_comes_back_with_its_table() -> None:
+    async with connected(SLEEPING) as pool:
+        session = await pool.open(PORTRAIT, 0)
+        before = await process(SLEEPING)
+        os.kill(before, signal.SIGKILL)
+        assert all(isinstance(result, DecodedChunk) for result in await send(session, 12))
+        another = await pool.open(PORTRAIT, 0)
+        assert isinstance(await another.run(DRIVING), DecodedChunk)
+        assert await process(SLEEPING) != before
+        manager = ray.get_actor(pool_name(SLEEPING), NAMESPACE)
+        seats = await manager.__ray_call__.remote(lambda self: set(self.seats))
+        assert seats == {session.id, another.id}
+        assert len(actors(SLEEPING)) == 4
+
+
+async def test_a_pool_goes_with_its_last_lease_even_when_nobody_says_goodbye() -> None:
+    staying, vanishing = await Pool.connect(SLEEPING), await Pool.connect(SLEEPING)
+    abandoned = await vanishing.open(PORTRAIT, 0)
+    vanishing._renewing.cancel()
+    member = ray.get_actor(f"{pool_name(SLEEPING)}:denoise-0", NAMESPACE)
+    assert [record.session for record in await member.sessions.remote()] == [abandoned.id]
+    await asyncio.sleep(2 * SLEEPING.lease_s)
+    assert await member.sessions.remote() == []
+    assert len(actors(SLEEPING)) == 4
+    staying._renewing.cancel()
+    await removed(SLEEPING)
+
+
+async def test_a_pool_that_has_gone_is_made_again_for_whoever_still_wants_it() -> None:
+    pool = await Pool.connect(SLEEPING)
+    pool._renewing.cancel()
+    await removed(SLEEPING)
+    session = await pool.open(PORTRAIT, 0)
+    assert isinstance(await session.run(DRIVING), DecodedChunk)
+    await pool.close()
+    await removed(SLEEPING)
+
+
+async def test_weights_that_do_not_load_are_told_with_their_reason(tmp_path: Path) -> None:
+    settings = PoolSettings(weights=str(tmp_path / "nowhere"), lease_s=3.0)
+    started_s = time.monotonic()
+    with pytest.raises(PoolFailed, match="nowhere"):
+        await Pool.connect(settings)
+    assert time.monotonic() - started_s < 30
+    await until(lambda: not actors(settings) and not groups(settings), within_s=15)
+
+
+async def test_a_cluster_without_a_gpu_is_told_as_such() -> None:
+    with pytest.raises(PoolFailed, match="GPU"):
+        await Pool.connect(replace(SLEEPING, device="cuda"))
+
+
+async def test_the_stages_overlap() -> None:
+    result = await measure(artificial_ms=100.0, num_chunks=30)
+    assert result.ratio >= 2.4, result
