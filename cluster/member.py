@@ -21,6 +21,7 @@ import ray
 from cluster.artificial import artificial_stages
 from cluster.engine import Engine
 from cluster.errors import SessionClosed
+from cluster.memory import Releaser, freeze
 from cluster.messages import DecodedChunk, SessionKey, SessionRecord, Staged
 from cluster.placement import MemberPlan
 from cluster.settings import PoolSettings
@@ -52,6 +53,7 @@ class Member:
         self.threads = {stage: StageThread(stage) for stage in plan.stages}
         self.loading: asyncio.Task[Any] | None = None
         self.engine: Engine | None = None
+        self.releaser = Releaser()
 
     async def hello(self) -> str:
         """Answers as soon as the process is up, with an id of this life of the member."""
@@ -89,6 +91,7 @@ class Member:
     async def denoise(self, key: SessionKey, number: int, chunk: Staged[MotionChunk]) -> Staged[CleanChunk]:
         """One chunk through the session's window, in the order of its numbers. Raises as `Engine.submit`."""
         done = await (await self._loaded_engine()).submit(key, number, chunk.message)
+        self.releaser.when_idle()
         stage_ms = chunk.stage_ms | {"denoise": done.work_ms, "denoise_wait": done.wait_ms}
         return Staged(done.clean, chunk.no_face, stage_ms)
 
@@ -118,6 +121,7 @@ class Member:
             thread = self.threads["denoise"]
             self.engine = Engine(stages.denoise, thread, self._encode_keyframe, self.settings.max_batch)
             asyncio.create_task(self.engine.run()).add_done_callback(_die)
+        freeze()
         return stages
 
     async def _loaded_engine(self) -> Engine:
@@ -139,6 +143,8 @@ class Member:
         except Exception:
             logger.exception("%s.%s failed", stage, method)
             raise
+        finally:
+            self.releaser.when_idle()
         return result, {stage: (ended_s - started_s) * 1e3, f"{stage}_wait": (started_s - submitted_s) * 1e3}
 
 

@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.context import _get_global_client
 
+from cluster.memory import freeze, keep_large_buffers_apart
 from cluster.session import Pool
 from cluster.settings import PoolSettings
-from serving.memory import prepare_process
 from serving.routes import Backend, build_api
 from serving.session import Pipeline
 from serving.settings import Settings
@@ -54,7 +54,8 @@ class PoolLink:
     @asynccontextmanager
     async def held(self, api: FastAPI) -> AsyncIterator[None]:
         """The lifespan of the routes: connects at its start, gives the lease back at its end."""
-        prepare_process()
+        freeze()
+        keep_large_buffers_apart()
         self._connecting = asyncio.create_task(self._connect())
         yield
         if self._connecting.done() and not self._failure():

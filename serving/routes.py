@@ -12,6 +12,7 @@ from fastapi import FastAPI, HTTPException, WebSocket
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
+from cluster.memory import Releaser
 from serving import protocol
 from serving.connection import Connection
 from serving.session import Pipeline, serve_session
@@ -79,6 +80,7 @@ def _add_health(api: FastAPI, backend: Backend) -> None:
 
 def _add_stream(api: FastAPI, backend: Backend, settings: Settings) -> None:
     sockets: set[WebSocket] = set()
+    releaser = Releaser()
 
     @api.websocket("/v1/stream")
     async def stream(socket: WebSocket) -> None:
@@ -92,3 +94,4 @@ def _add_stream(api: FastAPI, backend: Backend, settings: Settings) -> None:
             await serve_session(socket, backend.connect, settings)
         finally:
             sockets.discard(socket)
+            releaser.soon()

@@ -21,7 +21,6 @@ from serving.codec import encode
 from serving.connection import Connection
 from serving.delivery import Decoded, Delivery, Output
 from serving.intake import Chunk, Intake
-from serving.memory import release_soon
 from serving.protocol import ProtocolError
 from serving.settings import Settings
 from serving.tasks import all_of, first_to_end
@@ -74,7 +73,6 @@ async def serve_session(socket: WebSocket, connect: Callable[[], Awaitable[Pipel
         logger.exception("session %s failed", session.id)
         last = protocol.Error("internal", "the server failed, and its log says why: try again", fatal=True)
     await connection.finish(last)
-    release_soon()
 
 
 class Session:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.config import ModelConfig
@@ -86,7 +88,7 @@ class DenoiseStage:
         layers = [self._tensor(layer) for layer in features.layers]
         return project_memory(self.denoising_unet, attention_names(self.config.unet), layers, token)
 
-    def _tensor(self, array: object) -> Tensor:
+    def _tensor(self, array: NDArray[np.floating]) -> Tensor:
         return self._to_device(torch.from_numpy(array))
 
     def _to_device(self, tensor: Tensor) -> Tensor:

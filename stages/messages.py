@@ -1,6 +1,6 @@
 """What crosses between stages: frozen dataclasses of numpy arrays. No torch, no Ray.
 
-f = frames of a chunk, K = keypoints, T x D = motion tokens, h x w = latent sides, L x C = tokens of one attention layer.
+f = frames of a chunk, K = keypoints, T x D = motion tokens, h x w = latent sides, L x C = tokens of an attention layer.
 A session's first motion chunk also carries the transition from the portrait, so it has `num_transition_frames` more.
 """
 

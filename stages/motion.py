@@ -57,9 +57,7 @@ class MotionStage:
         return MotionState(portrait=pose, portrait_tokens=self._tokens(crop)[0])
 
     @torch.inference_mode()
-    def run(
-        self, states: Sequence[MotionState], frames: Sequence[Pixels]
-    ) -> list[tuple[MotionState, MotionChunk]]:
+    def run(self, states: Sequence[MotionState], frames: Sequence[Pixels]) -> list[tuple[MotionState, MotionChunk]]:
         """One chunk of driving frames, uint8 (f, size, size, 3), of each of several sessions, in one batch."""
         pictures = signed(np.concatenate(frames))
         poses = self._poses(detector_frames(pictures, self.config.keypoints.image_px))

@@ -48,9 +48,7 @@ def is_official(folder: Path) -> bool:
     return (folder / PERSONALIVE).is_dir()
 
 
-def load_official(
-    folder: Path, names: Collection[str], size_px: int = 512
-) -> tuple[ModelConfig, dict[str, nn.Module]]:
+def load_official(folder: Path, names: Collection[str], size_px: int = 512) -> tuple[ModelConfig, dict[str, nn.Module]]:
     """The config and the named networks of an official folder. Raises BadWeights or BadConfig.
 
     The folder does not say for which picture size it is; the authors use 512.
@@ -188,9 +186,7 @@ def _up_block(name: str) -> int:
 def _alive(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the tensors that cannot influence a result."""
     return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if RESNET_NORM2.search(name) or not DEAD_IN_UNETS.search(name)
+        name: tensor for name, tensor in tensors.items() if RESNET_NORM2.search(name) or not DEAD_IN_UNETS.search(name)
     }
 
 

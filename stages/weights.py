@@ -6,7 +6,6 @@ Called by `stages.pipeline` (to load), `stages.convert` and training (to save). 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -106,8 +105,3 @@ def save_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Mapping
     save_config(config, folder)
     for name, state in tensors.items():
         save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / f"{name}.safetensors")
-
-
-def with_size(config: ModelConfig, size_px: int) -> ModelConfig:
-    """The same model for another picture size."""
-    return dataclasses.replace(config, size_px=size_px)

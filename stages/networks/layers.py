@@ -6,11 +6,30 @@ Parameter names are the official checkpoints' names, so that weights load withou
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+if TYPE_CHECKING:
+
+    class Layers(nn.Module, Generic[M]):
+        """An nn.ModuleList that says what its entries are."""
+
+        def __init__(self, modules: Iterable[M] = ()) -> None: ...
+        def __len__(self) -> int: ...
+        def __iter__(self) -> Iterator[M]: ...
+        def __getitem__(self, index: int) -> M: ...
+        def __setitem__(self, index: int, module: M) -> None: ...
+        def extend(self, modules: Iterable[M]) -> None: ...
+
+else:
+    Layers = nn.ModuleList
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -32,7 +51,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = Layers([nn.Linear(dim, dim)])
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (b, l, dim), context (b, m, context_dim) to (b, l, dim)."""
@@ -59,7 +78,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.net = Layers([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.net:

@@ -27,6 +27,7 @@ from stages.networks.layers import (
     Attention,
     Downsample,
     FeedForward,
+    Layers,
     ResnetBlock,
     TimeEmbedding,
     Upsample,
@@ -58,7 +59,7 @@ class TokenAttention(nn.Module):
     def __init__(self, dim: int, token_dim: int):
         super().__init__()
         self.to_v = nn.Linear(token_dim, dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = Layers([nn.Linear(dim, dim)])
 
     def forward(self, token: Tensor) -> Tensor:
         """(..., token_dim) to (..., dim)."""
@@ -113,7 +114,7 @@ class ReferenceAttention(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(config.num_norm_groups, dim, eps=1e-6)
         self.proj_in = nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, config)])
+        self.transformer_blocks = Layers([TransformerBlock(dim, config)])
         self.proj_out = nn.Conv2d(dim, dim, 1)
 
     def write(self, x: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,7 @@ class LastFeatures(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(config.num_norm_groups, dim, eps=1e-6)
         self.proj_in = nn.Conv2d(dim, dim, 1)
-        self.transformer_blocks = nn.ModuleList([nn.ModuleDict({"norm1": nn.LayerNorm(dim)})])
+        self.transformer_blocks = Layers([nn.ModuleDict({"norm1": nn.LayerNorm(dim)})])
 
     def write(self, x: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         return x, self.transformer_blocks[0]["norm1"](to_tokens(self.proj_in(self.norm(x))))
@@ -155,8 +156,8 @@ class SideBlock(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, num_heads: int):
         super().__init__()
-        self.attention_blocks = nn.ModuleList([Attention(dim, context_dim, num_heads) for _ in range(2)])
-        self.norms = nn.ModuleList([nn.LayerNorm(dim) for _ in range(2)])
+        self.attention_blocks = Layers([Attention(dim, context_dim, num_heads) for _ in range(2)])
+        self.norms = Layers([nn.LayerNorm(dim) for _ in range(2)])
         self.ff = FeedForward(dim)
         self.ff_norm = nn.LayerNorm(dim)
 
@@ -168,7 +169,7 @@ class SideTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(num_groups, dim, eps=1e-6)
         self.proj_in = nn.Linear(dim, dim)
-        self.transformer_blocks = nn.ModuleList([SideBlock(dim, context_dim, num_heads)])
+        self.transformer_blocks = Layers([SideBlock(dim, context_dim, num_heads)])
         self.proj_out = nn.Linear(dim, dim)
 
 
@@ -259,17 +260,19 @@ class Block(nn.Module):
     def __init__(self, plan: BlockPlan, config: UNetConfig, token_dim: int | None):
         super().__init__()
         time_dim, layers = time_width(config), range(len(plan.layer_channels))
-        self.resnets = nn.ModuleList(
+        self.resnets = Layers(
             [ResnetBlock(entry, plan.channels, time_dim, config.num_norm_groups) for entry in plan.layer_channels]
         )
-        self.attentions = nn.ModuleList([ReferenceAttention(plan.channels, config) for _ in layers if plan.attends])
-        self.motion_modules = nn.ModuleList()
-        self.temporal_modules = nn.ModuleList()
+        self.attentions: Layers[ReferenceAttention | LastFeatures] = Layers(
+            [ReferenceAttention(plan.channels, config) for _ in layers if plan.attends]
+        )
+        self.motion_modules: Layers[MotionModule] = Layers()
+        self.temporal_modules: Layers[TemporalModule] = Layers()
         if token_dim is not None:
             self.motion_modules.extend([MotionModule(plan.channels, config, token_dim) for _ in layers])
             self.temporal_modules.extend([TemporalModule(plan.channels, config) for _ in layers])
-        self.downsamplers = nn.ModuleList([Downsample(plan.channels)] if plan.resamples == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample(plan.channels)] if plan.resamples == "up" else [])
+        self.downsamplers = Layers([Downsample(plan.channels)] if plan.resamples == "down" else [])
+        self.upsamplers = Layers([Upsample(plan.channels)] if plan.resamples == "up" else [])
 
 
 class MidBlock(nn.Module):
@@ -278,15 +281,15 @@ class MidBlock(nn.Module):
     def __init__(self, config: UNetConfig, token_dim: int | None):
         super().__init__()
         channels = config.block_channels[-1]
-        self.resnets = nn.ModuleList(
+        self.resnets = Layers(
             [ResnetBlock(channels, channels, time_width(config), config.num_norm_groups) for _ in range(2)]
         )
-        self.attentions = nn.ModuleList([ReferenceAttention(channels, config)])
-        self.motion_modules = nn.ModuleList()
-        self.temporal_modules = nn.ModuleList()
+        self.attentions: Layers[ReferenceAttention | LastFeatures] = Layers([ReferenceAttention(channels, config)])
+        self.motion_modules: Layers[MotionModule] = Layers()
+        self.temporal_modules: Layers[TemporalModule] = Layers()
         if token_dim is not None:
-            self.motion_modules.append(MotionModule(channels, config, token_dim))
-            self.temporal_modules.append(TemporalModule(channels, config))
+            self.motion_modules.extend([MotionModule(channels, config, token_dim)])
+            self.temporal_modules.extend([TemporalModule(channels, config)])
 
 
 def time_width(config: UNetConfig) -> int:
@@ -304,8 +307,8 @@ class ReferenceUNet(nn.Module):
         plans = up_plans(config)
         last = max(index for index, plan in enumerate(plans) if plan.attends)
         plans[last] = replace(plans[last], resamples=None)
-        self.down_blocks = nn.ModuleList([Block(plan, config, None) for plan in down_plans(config)])
-        self.up_blocks = nn.ModuleList([Block(plan, config, None) for plan in plans[: last + 1]])
+        self.down_blocks = Layers([Block(plan, config, None) for plan in down_plans(config)])
+        self.up_blocks = Layers([Block(plan, config, None) for plan in plans[: last + 1]])
         self.up_blocks[last].attentions[-1] = LastFeatures(plans[last].channels, config)
         self.mid_block = MidBlock(config, None)
 
@@ -322,16 +325,16 @@ class ReferenceUNet(nn.Module):
             for index, resnet in enumerate(block.resnets):
                 x = write_layer(block, index, resnet(x, time), token, features)
                 skips.append(x)
-            for resampler in block.downsamplers:
-                x = resampler(x)
+            for downsampler in block.downsamplers:
+                x = downsampler(x)
                 skips.append(x)
         x = write_layer(self.mid_block, 0, self.mid_block.resnets[0](x, time), token, features)
         x = self.mid_block.resnets[1](x, time)
         for block in self.up_blocks:
             for index, resnet in enumerate(block.resnets):
                 x = write_layer(block, index, resnet(torch.cat([x, skips.pop()], dim=1), time), token, features)
-            for resampler in block.upsamplers:
-                x = resampler(x, skips[-1].shape[-2:])
+            for upsampler in block.upsamplers:
+                x = upsampler(x, skips[-1].shape[-2:])
         return features
 
 
@@ -365,8 +368,8 @@ class DenoisingUNet(nn.Module):
         c0 = config.block_channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, c0, 3, padding=1)
         self.time_embedding = TimeEmbedding(c0, time_width(config))
-        self.down_blocks = nn.ModuleList([Block(plan, config, token_dim) for plan in down_plans(config)])
-        self.up_blocks = nn.ModuleList([Block(plan, config, token_dim) for plan in up_plans(config)])
+        self.down_blocks = Layers([Block(plan, config, token_dim) for plan in down_plans(config)])
+        self.up_blocks = Layers([Block(plan, config, token_dim) for plan in up_plans(config)])
         self.mid_block = MidBlock(config, token_dim)
         self.conv_norm_out = nn.GroupNorm(config.num_norm_groups, c0, eps=1e-5)
         self.conv_out = nn.Conv2d(c0, config.in_channels, 3, padding=1)
@@ -392,16 +395,16 @@ class DenoisingUNet(nn.Module):
             for index in range(len(block.resnets)):
                 x = read_layer(block, index, x, conditions)
                 skips.append(x)
-            for resampler in block.downsamplers:
-                x = resampler(x)
+            for downsampler in block.downsamplers:
+                x = downsampler(x)
                 skips.append(x)
         x = read_layer(self.mid_block, 0, x, conditions)
         x = self.mid_block.resnets[1](x, conditions.time)
         for block in self.up_blocks:
             for index in range(len(block.resnets)):
                 x = read_layer(block, index, torch.cat([x, skips.pop()], dim=1), conditions)
-            for resampler in block.upsamplers:
-                x = resampler(x, skips[-1].shape[-2:])
+            for upsampler in block.upsamplers:
+                x = upsampler(x, skips[-1].shape[-2:])
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
         return rearrange(x, "(b f) c h w -> b f c h w", b=num_sessions)
 
@@ -410,7 +413,9 @@ def read_layer(block: Block | MidBlock, index: int, x: Tensor, conditions: Condi
     """One layer of the denoising UNet: resnet, attention if the block attends, motion module, temporal module."""
     x = block.resnets[index](x, conditions.time)
     if block.attentions:
-        x = block.attentions[index].read(x, next(conditions.memories))
+        attention = block.attentions[index]
+        assert isinstance(attention, ReferenceAttention)
+        x = attention.read(x, next(conditions.memories))
     x = block.motion_modules[index](x, conditions.motion)
     return block.temporal_modules[index](x, conditions.num_frames)
 
