@@ -74,8 +74,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     total = header_num_frames(options.driving)
     stages = load_stages(options.weights, device=options.device, num_threads=options.threads)
     portrait = load_portrait(read_portrait(options.portrait), stages.config.size_px)
-    if options.weights != "tiny":
-        print(f"Licence of these weights: {stages.config.licence}.", file=sys.stderr)
     frames = islice(read_video(options.driving), options.frames)
     digest, num_frames, started_s = FramesHash(), 0, time.perf_counter()
     limit = min(filter(None, (total, options.frames)), default=None)

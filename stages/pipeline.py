@@ -69,7 +69,8 @@ def load_stages(
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     names = sorted({name for stage in stages for name in STAGE_NETWORKS[stage]})
     config, networks = load_networks(weights, names)
-    logger.info("weights %s (%s). Licence: %s", weights, config.name, config.licence)
+    if weights != "tiny":
+        logger.warning("weights %s (%s). Licence: %s.", weights, config.name, config.licence)
     for name, network in networks.items():
         half = target.type == "cuda" and name != "keypoint_extractor"
         network.to(target, torch.float16 if half else torch.float32)

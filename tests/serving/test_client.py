@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from serving import client
 from serving.client import Client, ServerError, UnreachableError, driving_frames, main, parse_args, run_client
+from serving.settings import Settings
 from stages.errors import UserError
 from stages.video import VideoWriter, read_video, square_resize
 
@@ -63,6 +65,14 @@ async def test_seconds_and_loop_decide_how_much_is_sent(echo_server, clip, face)
     more = ("--lossless", "--loop", "--seconds", "1.2")
     assert (await run_client(arguments(server, clip, face, *more)))["frames_sent"] == 30
     assert (await run_client(arguments(server, clip, face, "--lossless", "--seconds", "0.4")))["frames_sent"] == 10
+
+
+@pytest.mark.parametrize("mode", ["live", "lossless"])
+async def test_a_client_that_waits_for_a_slow_model_is_not_idle(echo_server, clip, face, mode, monkeypatch):
+    monkeypatch.setattr(client, "PING_S", 0.1)
+    server = await echo_server(Settings(idle_timeout_s=0.4), chunk_s=0.6, connect_s=0.6)
+    figures = await run_client(arguments(server, clip, face, *(["--lossless"] if mode == "lossless" else [])))
+    assert figures["frames_received"] + figures["frames_dropped"] == 17
 
 
 def test_a_loop_keeps_the_rate_across_its_seam(clip):
