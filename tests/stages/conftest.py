@@ -33,7 +33,7 @@ from stages.messages import Pixels
 from stages.networks.keypoint_extractor import KeypointExtractor
 from stages.networks.layers import temporal_positions
 from stages.networks.unet import attention_names
-from stages.pipeline import Stages, load_stages
+from stages.pipeline import STAGE_NETWORKS, Stages, load_stages
 from stages.weights import NETWORKS, save_folder
 
 SMALL = ModelConfig(
@@ -226,5 +226,147 @@ def keyframe_stages(stages: Stages) -> Stages:
     """The same weights with a window that makes keyframes of its first two finished chunks."""
     window = replace(SMALL.window, keyframe_threshold=1e-6, first_keyframe_call=0, max_keyframes=2)
     config = replace(SMALL, window=window)
-    made = {name: replace(getattr(stages, name), config=config) for name in ("motion", "reference", "denoise", "decode")}
+    made = {name: replace(getattr(stages, name), config=config) for name in STAGE_NETWORKS}
     return Stages(config, **made)
+
+
+@pytest.fixture(scope="session")
+def official_config() -> ModelConfig:
+    """What the folders that `write_official` writes are the weights of."""
+    return OFFICIAL
+
+
+@pytest.fixture(scope="session")
+def official_tensors() -> dict[str, Tensors]:
+    """Our weights of the networks whose sizes an official folder says."""
+    return {name: build(name, OFFICIAL, seed).state_dict() for seed, name in enumerate(SMALL_OFFICIAL_NETWORKS)}
+
+
+@pytest.fixture(scope="session")
+def official_files(official_tensors: dict[str, Tensors]) -> dict[str, Tensors]:
+    """The same weights in the authors' files, under their names, with every tensor that cannot have an effect."""
+    torch.manual_seed(99)
+    unet = official_tensors["denoising_unet"] | dead_in_unet(official_tensors["denoising_unet"])
+    temporal = {name: tensor for name, tensor in unet.items() if ".temporal_modules." in name}
+    temporal |= temporal_tables(temporal)
+    rest = {name: tensor for name, tensor in unet.items() if name not in temporal}
+    stock = {name: torch.randn_like(tensor) for name, tensor in rest.items() if ".motion_modules." not in name}
+    reference = official_tensors["reference_unet"]
+    return {
+        "sd-image-variations-diffusers/unet/diffusion_pytorch_model": stock,
+        "sd-image-variations-diffusers/image_encoder/pytorch_model": official_tensors["image_encoder"],
+        "sd-vae-ft-mse/diffusion_pytorch_model": official_tensors["vae"],
+        "personalive/denoising_unet": rest,
+        "personalive/temporal_module": temporal,
+        "personalive/reference_unet": reference | dead_in_unet(reference) | behind_last_features(reference),
+        "personalive/pose_guider": official_tensors["pose_guider"],
+    }
+
+
+def dead_in_unet(unet: Tensors) -> Tensors:
+    """Queries, keys and norm of the attentions to the image token."""
+    found = {}
+    for name in attention_names(OFFICIAL.unet):
+        width = len(unet[f"{name}.norm1.weight"])
+        shapes = {"norm2.weight": (width,), "norm2.bias": (width,), "attn2.to_q.weight": (width, width)}
+        shapes["attn2.to_k.weight"] = (width, OFFICIAL.unet.cross_attention_dim)
+        found |= {f"{name}.{key}": torch.randn(shape) for key, shape in shapes.items()}
+    return found
+
+
+def behind_last_features(reference: Tensors) -> Tensors:
+    """What the authors' reference UNet computes after the last features it writes."""
+    name = attention_names(OFFICIAL.unet)[-1]
+    width = len(reference[f"{name}.norm1.weight"])
+    square, vector = (width, width), (width,)
+    shapes: dict[str, tuple[int, ...]] = {f"attn1.{part}.weight": square for part in ("to_q", "to_k", "to_v")}
+    for part in ("attn1", "attn2"):
+        shapes |= {f"{part}.to_out.0.weight": square, f"{part}.to_out.0.bias": vector}
+    shapes |= {"attn2.to_v.weight": (width, OFFICIAL.unet.cross_attention_dim)}
+    shapes |= {"norm3.weight": vector, "norm3.bias": vector}
+    shapes |= {"ff.net.0.proj.weight": (8 * width, width), "ff.net.0.proj.bias": (8 * width,)}
+    shapes |= {"ff.net.2.weight": (width, 4 * width), "ff.net.2.bias": vector}
+    outer = name.removesuffix(".transformer_blocks.0")
+    found = {f"{outer}.proj_out.weight": torch.randn(*square, 1, 1), f"{outer}.proj_out.bias": torch.randn(vector)}
+    return found | {f"{name}.{key}": torch.randn(shape) for key, shape in shapes.items()}
+
+
+def temporal_tables(temporal: Tensors) -> Tensors:
+    """The position tables that the authors' temporal modules keep beside their weights."""
+    suffix = ".to_q.weight"
+    return {
+        f"{name.removesuffix(suffix)}.pos_encoder.pe": temporal_positions(32, len(tensor))[None]
+        for name, tensor in temporal.items()
+        if name.endswith(suffix)
+    }
+
+
+OFFICIAL_JSON = {
+    "sd-image-variations-diffusers/unet": {
+        "in_channels": 4,
+        "block_out_channels": [8, 16, 24],
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 10,
+        "norm_num_groups": 4,
+    },
+    "sd-vae-ft-mse": {
+        "block_out_channels": [8, 12, 20],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+    },
+    "sd-image-variations-diffusers/image_encoder": {
+        "image_size": 28,
+        "patch_size": 7,
+        "hidden_size": 18,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "projection_dim": 10,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def write_official(official_files: dict[str, Tensors], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """write_official(changes={file: tensors or None}, safetensors=False): a new folder in the authors' layout."""
+
+    def write(changes: dict[str, Tensors | None] | None = None, safetensors: bool = False) -> Path:
+        root = tmp_path_factory.mktemp("official")
+        for name, values in OFFICIAL_JSON.items():
+            (root / name).mkdir(parents=True)
+            (root / name / "config.json").write_text(json.dumps(values))
+        (root / "personalive").mkdir()
+        for stem, tensors in (official_files | (changes or {})).items():
+            if tensors is None:
+                continue
+            if safetensors:
+                path = root / f"{stem.replace('pytorch_model', 'model') if 'encoder' in stem else stem}.safetensors"
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            else:
+                torch.save(tensors, root / f"{stem}{'.pth' if stem.startswith('personalive') else '.bin'}")
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_video() -> Callable[[Path, list[Pixels]], Path]:
+    """write_video(path, frames): an H.264 file at 25 frames a second; sides may be odd."""
+
+    def write(path: Path, frames: list[Pixels]) -> Path:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=25, options={"crf": "10", "preset": "ultrafast"})
+            stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv444p"
+            for number, frame in enumerate(frames):
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture.time_base, picture.pts = Fraction(1, 25), number
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode(None))
+        return path
+
+    return write
