@@ -72,6 +72,8 @@ def animate_video(stages: Stages, portrait: Pixels, frames: Iterable[TimedFrame]
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole job; returns the report that `--json` prints. Raises UserError."""
     total = header_num_frames(options.driving)
+    if not options.out.parent.is_dir():
+        raise UserError(f"{options.out} cannot be written: make the folder {options.out.parent} first", "bad_out")
     stages = load_stages(options.weights, device=options.device, num_threads=options.threads)
     portrait = load_portrait(read_portrait(options.portrait), stages.config.size_px)
     frames = islice(read_video(options.driving), options.frames)
@@ -103,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seed", type=_seed, default=0, help="of the noise (default 0)")
     result.add_argument("--frames", type=_positive, help="at most so many driving frames")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    result.add_argument("--threads", type=int, default=0, help="torch threads (default: what a server's members use)")
+    result.add_argument(
+        "--threads", type=_threads, default=0, help="torch threads (default: as many as a server's members)"
+    )
     result.add_argument("--json", action="store_true", help="print the report as JSON")
     return result
 
@@ -113,6 +117,13 @@ def _seed(text: str) -> int:
     if not 0 <= seed < 2**64:
         raise argparse.ArgumentTypeError("a seed lies between 0 and 2^64 - 1")
     return seed
+
+
+def _threads(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("0 (chooses by itself) or more")
+    return number
 
 
 def _positive(text: str) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,6 +202,11 @@ def check_config(config: ModelConfig) -> None:
             f"motion_encoder.crop_px {encoder.crop_px} must be a multiple of 8, at least 4 · 2^hourglass_depth",
         ),
         (list(window.timesteps) != sorted(set(window.timesteps)), "window.timesteps must increase"),
+        (not all(0 <= timestep < 1000 for timestep in window.timesteps), "window.timesteps lie between 0 and 999"),
+        (config.size_px < 1, f"size_px {config.size_px} must be positive"),
+        (min(points.drawn, default=0) < 0, "keypoints.drawn counts from 0"),
+        (encoder.token_dim % 2, f"motion_encoder.token_dim {encoder.token_dim} must be even"),
+        *_undivided_heads(config),
         (
             config.image_encoder.projection_dim != unet.cross_attention_dim,
             "image_encoder.projection_dim must equal unet.cross_attention_dim",
@@ -211,6 +215,21 @@ def check_config(config: ModelConfig) -> None:
     for bad, message in wrong:
         if bad:
             raise BadConfig(f"model config: {message}")
+
+
+def _undivided_heads(config: ModelConfig) -> list[tuple[bool, str]]:
+    """For every attention, whether its heads do not divide its channels."""
+    unet, encoder, clip = config.unet, config.motion_encoder, config.image_encoder
+    divisions = [
+        ("motion_encoder.num_attention_heads", encoder.num_attention_heads, encoder.attention_dim),
+        ("image_encoder.num_heads", clip.num_heads, clip.hidden_dim),
+    ]
+    for name in ("num_heads", "num_motion_heads", "num_temporal_heads"):
+        divisions += [(f"unet.{name}", getattr(unet, name), channels) for channels in unet.block_channels]
+    return [
+        (heads < 1 or channels % heads > 0, f"{name} {heads} does not divide {channels} channels")
+        for name, heads, channels in divisions
+    ]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -241,7 +260,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise BadConfig(f"{where}: {value!r} is not one of {', '.join(map(str, typing.get_args(hint)))}")
         return value
     allowed: Any = (int, float) if hint is float else hint
-    if isinstance(allowed, types.UnionType) or not isinstance(value, allowed) or (hint is int and value is True):
+    if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
         raise BadConfig(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
     return float(value) if hint is float else value
 
@@ -255,6 +274,8 @@ def load_config(folder: Path) -> ModelConfig:
         raise BadConfig(f"{path} is missing: not a weights folder, or one still to be converted") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadConfig(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BadConfig(f"{path} does not hold a JSON object: copy or convert the weights folder again")
     return from_dict(ModelConfig, values, "config.json")
 
 

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"{options.official} has no folder personalive/: it is not an official weights folder")
         print(f"Licence: {LICENCE}.", file=sys.stderr)
         convert(options.official, options.out, options.size_px, DTYPES[options.dtype])
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(options.out)

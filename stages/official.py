@@ -12,7 +12,6 @@ Called by `stages.pipeline` and `stages.convert`. Specification, section 2.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.config import ImageEncoderConfig, ModelConfig, PoseGuiderConfig, UNetConfig, VaeConfig
+from stages.config import ModelConfig, VaeConfig, from_dict
 from stages.errors import BadConfig, BadWeights
 from stages.networks.unet import ReferenceUNet
 from stages.weights import build_network, fill_network, load_tensors
@@ -63,58 +62,59 @@ def load_official(folder: Path, names: Collection[str], size_px: int = 512) -> t
 
 def official_config(folder: Path, size_px: int = 512) -> ModelConfig:
     """Our config, from the folder's config files and, for the pose guider, its tensors' shapes."""
-    return ModelConfig(
-        name="personalive-official",
-        licence=LICENCE,
-        size_px=size_px,
-        unet=_unet_config(_read_json(folder / BASE_UNET / "config.json")),
-        vae=_vae_config(_read_json(folder / VAE / "config.json")),
-        image_encoder=_image_encoder_config(_read_json(folder / IMAGE_ENCODER / "config.json")),
-        pose_guider=_pose_guider_config(_read_any(folder / PERSONALIVE, "pose_guider")),
-    )
+    values = {
+        "name": "personalive-official",
+        "licence": LICENCE,
+        "size_px": size_px,
+        "unet": _unet_values(_read_json(folder / BASE_UNET / "config.json")),
+        "vae": _vae_values(_read_json(folder / VAE / "config.json")),
+        "image_encoder": _image_encoder_values(_read_json(folder / IMAGE_ENCODER / "config.json")),
+        "pose_guider": _pose_guider_values(_read_any(folder / PERSONALIVE, "pose_guider")),
+    }
+    return from_dict(ModelConfig, values, str(folder))
 
 
-def _unet_config(values: dict[str, Any]) -> UNetConfig:
-    return UNetConfig(
-        in_channels=values["in_channels"],
-        block_channels=tuple(values["block_out_channels"]),
-        attention_levels=tuple(kind.startswith("CrossAttn") for kind in values["down_block_types"]),
-        layers_per_block=values["layers_per_block"],
+def _unet_values(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "in_channels": values["in_channels"],
+        "block_channels": values["block_out_channels"],
+        "attention_levels": [str(kind).startswith("CrossAttn") for kind in values["down_block_types"]],
+        "layers_per_block": values["layers_per_block"],
         # Stable Diffusion 1 calls the number of heads "attention_head_dim".
-        num_heads=values["attention_head_dim"],
-        cross_attention_dim=values["cross_attention_dim"],
-        num_norm_groups=values["norm_num_groups"],
-    )
+        "num_heads": values["attention_head_dim"],
+        "cross_attention_dim": values["cross_attention_dim"],
+        "num_norm_groups": values["norm_num_groups"],
+    }
 
 
-def _vae_config(values: dict[str, Any]) -> VaeConfig:
-    return VaeConfig(
-        block_channels=tuple(values["block_out_channels"]),
-        layers_per_block=values["layers_per_block"],
-        latent_channels=values["latent_channels"],
-        num_norm_groups=values["norm_num_groups"],
-        scaling_factor=values.get("scaling_factor", VaeConfig.scaling_factor),
-    )
+def _vae_values(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "block_channels": values["block_out_channels"],
+        "layers_per_block": values["layers_per_block"],
+        "latent_channels": values["latent_channels"],
+        "num_norm_groups": values["norm_num_groups"],
+        "scaling_factor": values.get("scaling_factor", VaeConfig.scaling_factor),
+    }
 
 
-def _image_encoder_config(values: dict[str, Any]) -> ImageEncoderConfig:
-    return ImageEncoderConfig(
-        image_px=values["image_size"],
-        patch_px=values["patch_size"],
-        hidden_dim=values["hidden_size"],
-        intermediate_dim=values["intermediate_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
-        projection_dim=values["projection_dim"],
-        hidden_act=values["hidden_act"],
-        norm_eps=values["layer_norm_eps"],
-    )
+def _image_encoder_values(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "image_px": values["image_size"],
+        "patch_px": values["patch_size"],
+        "hidden_dim": values["hidden_size"],
+        "intermediate_dim": values["intermediate_size"],
+        "num_layers": values["num_hidden_layers"],
+        "num_heads": values["num_attention_heads"],
+        "projection_dim": values["projection_dim"],
+        "hidden_act": values["hidden_act"],
+        "norm_eps": values["layer_norm_eps"],
+    }
 
 
-def _pose_guider_config(tensors: dict[str, Tensor]) -> PoseGuiderConfig:
+def _pose_guider_values(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The halving convolutions are every second one; their output widths are the config's channels."""
     names = ["conv_in.weight", *(f"blocks.{index}.weight" for index in range(1, len(tensors), 2))]
-    return PoseGuiderConfig(tuple(tensors[name].shape[0] for name in names if name in tensors))
+    return {"channels": [tensors[name].shape[0] for name in names if name in tensors]}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -154,10 +154,16 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     """A flat {name: tensor} pickle, without running any code that is in it."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadWeights(f"{path} is not a file of tensors only, and is not opened otherwise ({reason})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    except Exception as error:  # a damaged pickle can raise anything
+        # Only what is inside: the rest of torch's text advises to open the file unsafely.
+        inside = re.search(r"Unsupported \w+: .*?(?= was not|\n|$)", str(error))
+        reason = inside[0] if inside else type(error).__name__
+        raise BadWeights(
+            f"{path} is not a file of tensors only ({reason}), and is not opened otherwise: download it again, see "
+            "WEIGHTS.md"
+        ) from None
+    entries = tensors.items() if isinstance(tensors, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in entries):
         raise BadWeights(f"{path} does not hold a flat dictionary of tensors: download it again, see WEIGHTS.md")
     return tensors
 

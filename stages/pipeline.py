@@ -17,7 +17,7 @@ from torch import nn
 from stages.config import ModelConfig
 from stages.decode import DecodeStage
 from stages.denoise import DenoiseStage
-from stages.errors import BadWeights
+from stages.errors import BadConfig, BadWeights
 from stages.messages import Pixels
 from stages.motion import MotionStage
 from stages.official import is_official, load_official
@@ -66,7 +66,7 @@ def load_stages(
     BadConfig.
     """
     torch.set_num_threads(num_threads or default_num_threads())
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = find_device(device)
     names = sorted({name for stage in stages for name in STAGE_NETWORKS[stage]})
     config, networks = load_networks(weights, names)
     if weights != "tiny":
@@ -76,6 +76,18 @@ def load_stages(
         network.to(target, torch.float16 if half else torch.float32)
     made = {stage: _make_stage(stage, config, networks) for stage in stages}
     return Stages(config, **made)
+
+
+def find_device(device: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here. Raises BadConfig."""
+    num_gpus = torch.cuda.device_count()
+    try:
+        found = torch.device(("cuda" if num_gpus else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise BadConfig(f"device {device!r} is unknown: give auto, cpu, cuda or cuda:N") from None
+    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= num_gpus):
+        raise BadConfig(f"device {device!r} is not here, torch sees {num_gpus} GPUs: give auto, or another device")
+    return found
 
 
 def load_networks(weights: str, names: Collection[str]) -> tuple[ModelConfig, dict[str, nn.Module]]:

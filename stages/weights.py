@@ -50,7 +50,15 @@ def build_network(name: str, config: ModelConfig) -> nn.Module:
 
 def fill_network(name: str, network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
     """Gives a network its weights, checked by name and shape. Raises BadWeights."""
-    check_tensors({key: tensor.shape for key, tensor in network.state_dict().items()}, tensors, f"{where} ({name})")
+    expected = network.state_dict()
+    check_tensors({key: tensor.shape for key, tensor in expected.items()}, tensors, f"{where} ({name})")
+    mistyped = [
+        key for key, tensor in tensors.items() if tensor.is_floating_point() != expected[key].is_floating_point()
+    ]
+    if mistyped:
+        raise BadWeights(
+            f"{where} ({name}) has {_listing('tensors of a wrong type', sorted(mistyped))}: convert it again"
+        )
     network.load_state_dict(dict(tensors), strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -69,7 +77,8 @@ def check_tensors(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor
         _listing("mis-shaped", mis_shaped),
     ]
     if any(problems):
-        raise BadWeights(f"{where} does not fit its config: " + "; ".join(filter(None, problems)))
+        found_out = "; ".join(filter(None, problems))
+        raise BadWeights(f"{where} does not fit its config: {found_out}. Take both from one model, or convert it again")
 
 
 def _listing(title: str, entries: list[str]) -> str:

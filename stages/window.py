@@ -79,7 +79,7 @@ def chunk_noise(seed: int, position: int, shape: tuple[int, ...]) -> Tensor:
 
     Positions count the chunks of a window's life from 0; the first `num_levels - 1` belong to the transition.
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed, position]))
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 

@@ -6,6 +6,7 @@ The keypoint extractor's last layers are set so that it finds a face in every pi
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -332,11 +333,10 @@ OFFICIAL_JSON = {
 
 
 @pytest.fixture(scope="session")
-def write_official(official_files: dict[str, Tensors], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """write_official(changes={file: tensors or None}, safetensors=False): a new folder in the authors' layout."""
+def official_writer(official_files: dict[str, Tensors]) -> Callable[..., Path]:
+    """official_writer(root, changes={file: tensors or None}, safetensors=False): a folder in the authors' layout."""
 
-    def write(changes: dict[str, Tensors | None] | None = None, safetensors: bool = False) -> Path:
-        root = tmp_path_factory.mktemp("official")
+    def write(root: Path, changes: dict[str, Tensors | None] | None = None, safetensors: bool = False) -> Path:
         for name, values in OFFICIAL_JSON.items():
             (root / name).mkdir(parents=True)
             (root / name / "config.json").write_text(json.dumps(values))
@@ -352,6 +352,20 @@ def write_official(official_files: dict[str, Tensors], tmp_path_factory: pytest.
         return root
 
     return write
+
+
+@pytest.fixture
+def write_official(official_writer: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """write_official(changes, safetensors): a new folder; it does not stay, since a few megabytes a test add up."""
+    roots: list[Path] = []
+
+    def write(changes: dict[str, Tensors | None] | None = None, safetensors: bool = False) -> Path:
+        roots.append(tmp_path / f"official_{len(roots)}")
+        return official_writer(roots[-1], changes, safetensors)
+
+    yield write
+    for root in roots:
+        shutil.rmtree(root)
 
 
 @pytest.fixture(scope="session")

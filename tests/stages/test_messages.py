@@ -1,0 +1,42 @@
+import dataclasses
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages.messages import CleanChunk, MotionChunk, MotionState, Pose
+
+POSE = Pose(*(np.ones(shape, np.float32) for shape in ((1, 9, 3), (1, 3), (1, 3), (1, 1))))
+
+
+def test_messages_and_their_torch_free_neighbours_leave_torch_unloaded():
+    names = ("chunks", "config", "errors", "messages", "portraits", "threads", "video")
+    imports = "; ".join(f"import stages.{name}" for name in names)
+    code = f"import sys; {imports}; print({{'torch', 'ray'}} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.stdout == "set()\n", run.stderr
+
+
+def test_a_motion_state_survives_a_process_border_bit_by_bit():
+    state = MotionState(POSE, np.float32([[0.1, -0.0, np.inf]]), started=True, first=POSE)
+    arrived = pickle.loads(pickle.dumps(state))
+    assert arrived.portrait_tokens.tobytes() == state.portrait_tokens.tobytes()
+    assert arrived.first.canonical.tobytes() == POSE.canonical.tobytes()
+    assert (arrived.started, arrived.held, arrived.last_tokens) == (True, None, None)
+
+
+def test_a_new_motion_state_has_sent_and_seen_nothing():
+    state = MotionState(POSE, np.zeros((5, 6), np.float32))
+    assert (state.started, state.first, state.held, state.last_tokens) == (False, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [(POSE, "scale"), (CleanChunk(np.zeros(1, np.float32)), "latents"), (MotionChunk(None, None, ()), "no_face")],
+)
+def test_messages_are_frozen(message, field):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(message, field, None)

@@ -1,0 +1,180 @@
+"""Loading stages, and all four of them one after another."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from stages.errors import BadConfig, BadPortrait, BadWeights
+from stages.official import LICENCE
+from stages.pipeline import STAGE_NETWORKS, Stages, animate, load_networks, load_stages
+from stages.portraits import bundled_portraits, load_portrait
+from stages.weights import NETWORKS, save_folder
+
+NUM_CALLS = 5
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    """A folder that a test may damage."""
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def frames_of(stages: Stages, portrait, chunks, seed: int) -> np.ndarray:
+    return np.stack(list(animate(stages, portrait, chunks, seed)))
+
+
+def test_every_network_belongs_to_a_stage():
+    assert {name for names in STAGE_NETWORKS.values() for name in names} == set(NETWORKS)
+
+
+@pytest.mark.parametrize("stage", STAGE_NETWORKS)
+def test_a_stage_loads_its_own_networks_alone(copied, stage):
+    for name in NETWORKS.keys() - set(STAGE_NETWORKS[stage]):
+        (copied / f"{name}.safetensors").unlink()
+    loaded = load_stages(str(copied), [stage], device="cpu", num_threads=1)
+    assert {name for name in STAGE_NETWORKS if getattr(loaded, name) is not None} == {stage}
+    assert loaded.config == getattr(loaded, stage).config
+    for other in STAGE_NETWORKS.keys() - {stage, "decode"}:
+        with pytest.raises(BadWeights, match="is missing"):
+            load_stages(str(copied), [other], device="cpu", num_threads=1)
+
+
+def test_stages_get_their_networks_in_the_right_places(stages, tensors):
+    for stage, names in STAGE_NETWORKS.items():
+        for name in names:
+            state = getattr(getattr(stages, stage), name).state_dict()
+            assert state.keys() == tensors[name].keys()
+            assert all(torch.equal(tensor, tensors[name][key]) for key, tensor in state.items())
+
+
+def test_stages_of_one_process_share_their_vae(stages):
+    assert stages.reference.vae is stages.decode.vae
+
+
+def test_weights_are_run_in_fp32_on_the_cpu_however_they_are_stored(tmp_path, tensors, config):
+    half = {key: tensor.half() for key, tensor in tensors["vae"].items()}
+    save_folder(tmp_path, config, {"vae": half})
+    vae = load_stages(str(tmp_path), ["decode"], device="cpu", num_threads=1).decode.vae
+    assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
+
+
+def test_the_number_of_threads_is_set(folder):
+    load_stages(str(folder), ["decode"], device="cpu", num_threads=2)
+    assert torch.get_num_threads() == 2
+    load_stages(str(folder), ["decode"], device="cpu", num_threads=1)
+    assert torch.get_num_threads() == 1
+
+
+def test_the_licence_of_given_weights_is_told(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_stages(str(folder), ["decode"], device="cpu", num_threads=1)
+    assert str(folder) in caplog.text and "Licence: for tests only" in caplog.text
+
+
+def test_the_bundled_weights_need_no_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        load_stages("tiny", ["decode"], device="cpu", num_threads=1)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ["none", "config.json"])
+def test_an_unknown_folder_is_refused(folder, name):
+    with pytest.raises(BadWeights, match=rf"{name} does not exist: give a folder, or `tiny`"):
+        load_stages(str(folder / name), device="cpu", num_threads=1)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(BadConfig, match=r"config\.json is missing"):
+        load_stages(str(tmp_path), device="cpu", num_threads=1)
+
+
+def test_an_official_folder_is_loaded_as_it_is(write_official, official_tensors):
+    config, networks = load_networks(str(write_official()), ["vae", "reference_unet"])
+    assert (config.size_px, config.licence) == (512, LICENCE)
+    for name, network in networks.items():
+        state = network.state_dict()
+        assert all(torch.equal(tensor, official_tensors[name][key]) for key, tensor in state.items())
+
+
+def test_a_folder_in_the_home_directory_is_found(copied, monkeypatch):
+    monkeypatch.setenv("HOME", str(copied.parent))
+    assert load_networks("~/copy", ["vae"])[0].name == "small"
+
+
+def test_one_chunk_comes_out_for_each_that_goes_in(stages, draw_picture, draw_chunks):
+    made = animate(stages, draw_picture(1), iter(draw_chunks(0, NUM_CALLS)), seed=3)
+    frames = list(made)
+    assert [(chunk.shape, chunk.dtype) for chunk in frames] == [((2, 48, 48, 3), np.uint8)] * NUM_CALLS
+
+
+def test_a_chunk_comes_out_before_the_next_goes_in(stages, draw_picture, draw_chunks):
+    taken = []
+
+    def chunks():
+        for number, chunk in enumerate(draw_chunks(0, NUM_CALLS)):
+            taken.append(number)
+            yield chunk
+
+    for number, _ in enumerate(animate(stages, draw_picture(1), chunks(), seed=3)):
+        assert taken == list(range(number + 1))
+
+
+def test_frames_follow_from_portrait_chunks_and_seed(keyframe_stages, draw_picture, draw_chunks):
+    portrait, chunks = draw_picture(1), draw_chunks(0, NUM_CALLS)
+    first = frames_of(keyframe_stages, portrait, chunks, 3)
+    assert np.array_equal(first, frames_of(keyframe_stages, portrait, chunks, 3))
+    for other in (
+        frames_of(keyframe_stages, portrait, chunks, 4),
+        frames_of(keyframe_stages, draw_picture(2), chunks, 3),
+        frames_of(keyframe_stages, portrait, draw_chunks(1, NUM_CALLS), 3),
+    ):
+        assert all((one != two).any() for one, two in zip(first, other, strict=True))
+
+
+def test_later_driving_chunks_do_not_change_earlier_frames(stages, draw_picture, draw_chunks):
+    chunks = draw_chunks(0, NUM_CALLS)
+    whole = frames_of(stages, draw_picture(1), chunks, 3)
+    assert np.array_equal(frames_of(stages, draw_picture(1), chunks[:3], 3), whole[:3])
+    replaced = [*chunks[:3], *draw_chunks(1, 2)]
+    assert np.array_equal(frames_of(stages, draw_picture(1), replaced, 3)[:3], whole[:3])
+
+
+def test_animating_is_the_four_stages_with_keyframes_before_the_next_call(keyframe_stages, draw_picture, draw_chunks):
+    stages, portrait, chunks = keyframe_stages, draw_picture(1), draw_chunks(0, NUM_CALLS)
+    features, state = stages.reference.open(portrait), stages.motion.open(portrait)
+    window = stages.denoise.open(features, state.portrait_tokens, 3)
+    expected, num_keyframes = [], 0
+    for chunk in chunks:
+        [(state, motion)] = stages.motion.run([state], [chunk])
+        [(window, clean, keyframe)] = stages.denoise.run([window], [motion])
+        if keyframe is not None:
+            window = stages.denoise.add_keyframe(window, stages.reference.keyframe(keyframe))
+            num_keyframes += 1
+        expected += stages.decode.run([clean])
+    assert num_keyframes == 2
+    assert np.array_equal(frames_of(stages, portrait, chunks, 3), np.stack(expected))
+
+
+def test_keyframes_change_the_frames_after_them(stages, keyframe_stages, draw_picture, draw_chunks):
+    portrait, chunks = draw_picture(1), draw_chunks(0, NUM_CALLS)
+    without, with_keyframes = (frames_of(made, portrait, chunks, 3) for made in (stages, keyframe_stages))
+    # The second chunk to leave gives the first keyframe.
+    assert np.array_equal(without[:2], with_keyframes[:2])
+    assert (without[2:] != with_keyframes[2:]).any(axis=(1, 2, 3, 4)).all()
+
+
+def test_nothing_is_made_of_a_portrait_without_a_face(stages, draw_picture, draw_chunks):
+    with pytest.raises(BadPortrait):
+        next(animate(stages, np.zeros_like(draw_picture(1)), draw_chunks(0, 1), 3))
+
+
+def test_the_bundled_model_finds_a_face_in_every_bundled_portrait():
+    motion = load_stages("tiny", ["motion"], device="cpu", num_threads=1).motion
+    assert len(bundled_portraits()) >= 2
+    for path in bundled_portraits().values():
+        assert motion.open(load_portrait(path.read_bytes(), 256)).portrait_tokens.shape == (16, 16)
