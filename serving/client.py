@@ -38,8 +38,6 @@ from stages.video import FramesHash, TimedFrame, VideoWriter, header_num_frames,
 URL = "ws://127.0.0.1:8000/v1/stream"
 MAX_PORTRAIT_BYTES = protocol.MAX_MESSAGE_BYTES - protocol.MAX_HEADER_BYTES - 4
 OPEN_TIMEOUT_S = 20.0
-PING_S = 2.0
-"""Between pings: whoever waits, for the model or for credit, has nothing else to say."""
 
 
 class ServerError(UserError):
@@ -99,7 +97,6 @@ class Client:
         self._socket: ClientConnection
         self._inbox: asyncio.Queue[ReceivedOutput | None] = asyncio.Queue()
         self._reading: asyncio.Task[None]
-        self._pinging: asyncio.Task[None]
         self._credit_came = asyncio.Event()
         self._credit = 0
         self._num_sent = 0
@@ -110,12 +107,10 @@ class Client:
             self._socket = await connect(
                 self._url, max_size=4 * protocol.MAX_MESSAGE_BYTES, compression=None, open_timeout=OPEN_TIMEOUT_S
             )
-        self._pinging = asyncio.create_task(self._ping())
         try:
             await self._send(self._hello, self._payload)
             self.ready = await self._receive_ready()
         except BaseException:
-            self._pinging.cancel()
             await self._socket.close()
             raise
         self._credit = self.ready.credit
@@ -124,7 +119,6 @@ class Client:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._reading.cancel()
-        self._pinging.cancel()
         with contextlib.suppress(UserError):
             if self.ended is None:
                 await self._send(protocol.Bye())
@@ -157,11 +151,6 @@ class Client:
             if self.ended is None:
                 await self._send(protocol.Shown(self._num_shown))
         await self._reading
-
-    async def _ping(self) -> None:
-        while True:
-            await asyncio.sleep(PING_S)
-            await self._send(protocol.Ping(now_ms()))
 
     async def _wait_for_credit(self) -> None:
         self._credit_came.clear()

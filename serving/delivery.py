@@ -71,6 +71,11 @@ class Delivery:
         """Frames that a lossless client may have sent by now."""
         return flow.num_allowed_chunks(self._progress, self._max_in_flight) * self._window.chunk_frames
 
+    @property
+    def owes_output(self) -> bool:
+        """Whether the client waits for us: chunks are in the pipeline, or pictures have not been sent."""
+        return self._progress.accepted > self._progress.decoded or self._num_planned > self.num_sent
+
     def accept(self) -> None:
         """One more chunk has entered."""
         self._progress = replace(self._progress, accepted=self._progress.accepted + 1)

@@ -102,7 +102,7 @@ class Session:
     async def _read(self) -> None:
         """Takes in what the client says, until bye."""
         while True:
-            data = await self._connection.receive(self._settings.idle_timeout_s)
+            data = await self._hear()
             self._check_receipts_come()
             try:
                 message, payload = protocol.parse_client(data)
@@ -111,6 +111,15 @@ class Session:
                 await self._take(message, payload)
             except ProtocolError as error:
                 await self._refuse(error)
+
+    async def _hear(self) -> str | bytes:
+        """The next message. While a client waits for the model it may be silent."""
+        while True:
+            try:
+                return await self._connection.receive(self._settings.idle_timeout_s)
+            except ProtocolError as error:
+                if error.code != "idle" or not (self._delivery is None or self._delivery.owes_output):
+                    raise
 
     def _check_receipts_come(self) -> None:
         limit_s = self._settings.idle_timeout_s

@@ -4,7 +4,7 @@ const MAX_BUFFERED_BYTES = 1_000_000;
 const MAX_PORTRAIT_BYTES = 4_000_000;
 const PORTRAIT_PX = 1024;
 const JPEG_QUALITY = 0.9;
-const PING_MS = 2000;
+const PING_MS = 5000;
 const FIGURES_MS = 3000; // what the shown rates and delays look back over
 
 const byId = (id) => document.getElementById(id);

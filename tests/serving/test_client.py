@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from serving import client
 from serving.client import Client, ServerError, UnreachableError, driving_frames, main, parse_args, run_client
 from serving.settings import Settings
 from stages.errors import UserError
@@ -68,8 +67,7 @@ async def test_seconds_and_loop_decide_how_much_is_sent(echo_server, clip, face)
 
 
 @pytest.mark.parametrize("mode", ["live", "lossless"])
-async def test_a_client_that_waits_for_a_slow_model_is_not_idle(echo_server, clip, face, mode, monkeypatch):
-    monkeypatch.setattr(client, "PING_S", 0.1)
+async def test_a_client_that_waits_for_a_slow_model_is_not_idle(echo_server, clip, face, mode):
     server = await echo_server(Settings(idle_timeout_s=0.4), chunk_s=0.6, connect_s=0.6)
     figures = await run_client(arguments(server, clip, face, *(["--lossless"] if mode == "lossless" else [])))
     assert figures["frames_received"] + figures["frames_dropped"] == 17
