@@ -22,8 +22,6 @@ from stages.messages import CleanChunk, Keyframe, MotionChunk, ReferenceFeatures
 
 MAX_SESSIONS = 64
 """Windows that one member keeps: a bound for memory, far above what it can serve live."""
-MAX_IDLE_S = 600.0
-"""A session without chunks for so long is dropped, whatever became of the ingress and the manager."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,6 @@ class Hosted:
     progress: Progress = field(default_factory=Progress)
     jobs: dict[int, Job] = field(default_factory=dict)
     """Waiting chunks by number."""
-    used_s: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -77,7 +74,6 @@ class Engine:
 
     def open(self, key: SessionKey, lease: str, state: Any) -> None:
         """Takes a session in; an earlier life of it (a smaller epoch) ends. Raises PoolFull."""
-        self.evict(time.monotonic() - MAX_IDLE_S)
         self.close(key[0], SessionClosed("the session was opened again"))
         if len(self.sessions) >= MAX_SESSIONS:
             raise PoolFull(f"this member holds {MAX_SESSIONS} sessions; try again when one has ended")
@@ -88,11 +84,6 @@ class Engine:
         for key in [key for key in self.sessions if key[0] == session]:
             for job in self.sessions.pop(key).jobs.values():
                 _fail(job, why)
-
-    def evict(self, unused_since_s: float) -> None:
-        """Closes sessions that have sent nothing since that time of the monotonic clock."""
-        for hosted in [hosted for hosted in self.sessions.values() if hosted.used_s < unused_since_s]:
-            self.close(hosted.key[0], SessionClosed("the session was idle for too long; open a new one"))
 
     def records(self) -> list[SessionRecord]:
         """The sessions that live here."""
@@ -105,9 +96,8 @@ class Engine:
         """
         hosted = self.sessions.get(key)
         if hosted is None:
-            raise MemberLost("this member does not know the session: it was restarted; open a new session")
+            raise MemberLost("the session is not here: the member was restarted, or it was closed; open a new session")
         check_number(number, hosted.progress, hosted.jobs)
-        hosted.used_s = time.monotonic()
         done: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
         hosted.jobs[number] = Job(Pending(key, number, time.perf_counter()), chunk, done)
         self.wake.set()

@@ -8,6 +8,7 @@ arguments and from its members, so that Ray may restart it at any time; members 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,8 @@ MAX_FAILED_LOADS = 5
 """In a row, of one member; then the pool gives up."""
 POLL_S = 1.0
 """How often members are asked whether they live."""
+ANSWER_S = 10.0
+"""How long a member may take to say which sessions it holds."""
 PLACEMENT_S = 60.0
 """How long the cluster may take to find room for the members."""
 FAREWELL_S = 3.0
@@ -76,9 +79,15 @@ class PoolManager:
         assert self.config is not None
         return self.config
 
-    async def renew(self, lease: str) -> None:
-        """Keeps a lease for `lease_s` more; one that this manager does not know is taken up."""
+    async def renew(self, lease: str) -> bool:
+        """Keeps a lease for `lease_s` more; one that this manager does not know is taken up.
+
+        Returns whether the members have been loaded. Raises PoolFailed when the pool has given up.
+        """
         self.used_s = self.leases[lease] = time.monotonic()
+        if self.failure:
+            raise self.failure
+        return self.settled.is_set()
 
     async def leave(self, lease: str) -> None:
         """Gives a lease back, and closes its sessions."""
@@ -179,14 +188,28 @@ class PoolManager:
         self.settled.set()
 
     async def _keep_leases(self) -> None:
-        """Drops leases that were not renewed; ends with _Unused when there has been none for `lease_s`."""
+        """Drops leases that were not renewed, and what members still hold for such; ends with _Unused when there has
+        been none for `lease_s`."""
         while True:
             oldest_s = time.monotonic() - self.settings.lease_s
             for lease in [lease for lease, renewed_s in self.leases.items() if renewed_s < oldest_s]:
                 self._drop(lease)
             if self.used_s < oldest_s:
                 raise _Unused
+            if self.settled.is_set():
+                await self._close_leaseless()
             await asyncio.sleep(min(POLL_S, self.settings.lease_s / 4))
+
+    async def _close_leaseless(self) -> None:
+        """Closes sessions that were still being opened when their lease lapsed."""
+        for member in self._hosts("denoise"):
+            if member.up.is_set():
+                with contextlib.suppress(RayError, TimeoutError):
+                    async with asyncio.timeout(ANSWER_S):
+                        records = await member.handle.sessions.remote()
+                    for record in records:
+                        if record.lease not in self.leases:
+                            member.handle.close_session.remote(record.session)
 
     async def _settle(self) -> None:
         await self.settled.wait()

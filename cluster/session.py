@@ -44,6 +44,8 @@ class Pool:
     def __init__(self, settings: PoolSettings):
         self.settings = absolute(settings)
         self.lease = uuid.uuid4().hex
+        self.failed: UserError | None = None
+        """Why no session can be opened at present; None while all is well. Looked up with every renewal."""
         self._manager: Any = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._renewing = self._start(self._renew())
@@ -57,6 +59,7 @@ class Pool:
         pool = cls(settings)
         try:
             pool.config = await pool._ask("join", pool.lease)
+            pool.failed = None
         except BaseException:
             pool._renewing.cancel()
             raise
@@ -69,10 +72,11 @@ class Pool:
         """
         _check_portrait(portrait, self.config)
         session = uuid.uuid4().hex
+        seating = self._start(self._seat(session, ray.put(portrait), seed))
         try:
-            return await self._seat(session, ray.put(portrait), seed)
+            return await asyncio.shield(seating)
         except BaseException:
-            self._start(self._close(session))
+            self._start(self._unseat(session, seating))
             raise
 
     async def close(self) -> None:
@@ -97,6 +101,11 @@ class Pool:
                 if not isinstance(cause, MemberLost) or time.monotonic() > deadline_s:
                     raise cause from None
 
+    async def _unseat(self, session: str, seating: asyncio.Task[Session]) -> None:
+        """Closes a session that nobody waits for, once its opening has ended: before, nothing is there to close."""
+        await asyncio.gather(seating, return_exceptions=True)
+        await self._close(session)
+
     async def _close(self, session: str) -> None:
         with contextlib.suppress(UserError):
             await self._ask("close", session, create=False)
@@ -104,8 +113,11 @@ class Pool:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(self.settings.lease_s / 4)
-            with contextlib.suppress(UserError):
-                await self._ask("renew", self.lease)
+            try:
+                is_loaded = await self._ask("renew", self.lease)
+                self.failed = None if is_loaded else PoolFailed("the pool is being loaded again")
+            except UserError as error:
+                self.failed = error
 
     async def _ask(self, method: str, *args: Any, create: bool = True) -> Any:
         """One call to the manager, again while it restarts. Where it has gone for good, a new one is made, or nobody

@@ -10,4 +10,5 @@ import os
 
 def default_num_threads() -> int:
     """A third of this process's processors, at least one: motion, denoise and decode run side by side."""
-    return max(1, len(os.sched_getaffinity(0)) // 3)
+    num_processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, num_processors // 3)

@@ -138,11 +138,11 @@ async def test_a_new_epoch_replaces_the_old_one() -> None:
         await engine.submit(("anna", 1), 0, CHUNK)
 
 
-async def test_idle_sessions_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_member_takes_another_session_when_one_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "MAX_SESSIONS", 2)
     async with running() as (engine, _):
         with pytest.raises(PoolFull):
             engine.open(("cleo", 0), "lease", ArtificialWindow())
-        engine.sessions[ANNA].used_s -= engine_module.MAX_IDLE_S + 1
+        engine.close(ANNA[0], SessionClosed("it ended"))
         engine.open(("cleo", 0), "lease", ArtificialWindow())
         assert [record.session for record in engine.records()] == ["ben", "cleo"]

@@ -223,6 +223,43 @@ async def test_a_closed_session_fails_what_is_in_flight_and_leaves_nothing_on_it
         assert await member.sessions.remote() == []
 
 
+async def test_openings_that_nobody_waits_for_leave_nothing_on_the_member() -> None:
+    settings = replace(SLEEPING, artificial_ms=(*SLEEPING.artificial_ms, ("reference", 150.0)))
+    async with connected(settings) as pool:
+        for _ in range(6):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(pool.open(PORTRAIT, 0), 0.05)
+        # Portraits are encoded in turn, so by now all six have come to their ends.
+        session = await pool.open(PORTRAIT, 0)
+        member = ray.get_actor(f"{pool_name(settings)}:denoise-0", NAMESPACE)
+        manager = ray.get_actor(pool_name(settings), NAMESPACE)
+        await asyncio.sleep(1.0)
+        assert [record.session for record in await member.sessions.remote()] == [session.id]
+        assert await manager.__ray_call__.remote(lambda self: set(self.seats)) == {session.id}
+
+
+async def test_a_session_whose_lease_has_lapsed_while_it_opened_is_closed() -> None:
+    async with connected(SLEEPING) as pool:
+        session = await pool.open(PORTRAIT, 0)
+        member = ray.get_actor(f"{pool_name(SLEEPING)}:denoise-0", NAMESPACE)
+        await member.__ray_call__.remote(lambda self: self.engine.open(("ghost", 0), "lapsed", None))
+        await asyncio.sleep(3.0)
+        assert [record.session for record in await member.sessions.remote()] == [session.id]
+
+
+async def test_a_connection_knows_when_its_pool_has_failed_and_when_it_is_back(weights: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    settings = PoolSettings(str(folder), num_threads=1, lease_s=3.0, device="cpu")
+    name = pool_name(settings)
+    async with connected(settings) as pool:
+        assert pool.failed is None
+        (folder / "vae.safetensors").rename(tmp_path / "vae.safetensors")
+        ray.kill(ray.get_actor(name, NAMESPACE))
+        await until(lambda: pool.failed is not None and "vae.safetensors is missing" in str(pool.failed), within_s=30)
+        (tmp_path / "vae.safetensors").rename(folder / "vae.safetensors")
+        await until(lambda: pool.failed is None, within_s=60)
+
+
 @pytest.mark.parametrize("member", ["denoise-0", "decode-0", "motion+reference-0"])
 async def test_a_killed_member_ends_its_sessions_and_new_ones_work(member: str) -> None:
     async with connected(SLEEPING) as pool:
