@@ -2,6 +2,7 @@
 
 const MAX_BUFFERED_BYTES = 1_000_000;
 const MAX_PORTRAIT_BYTES = 4_000_000;
+const MAX_PORTRAIT_PIXELS = 40_000_000;
 const PORTRAIT_PX = 1024;
 const JPEG_QUALITY = 0.9;
 const PING_MS = 5000;
@@ -13,7 +14,9 @@ const output = byId("output");
 const picture = output.getContext("2d");
 
 let portrait = null; // {name} of a bundled one, or {file}
-let session = null; // the one that is running
+let session = null; // the newest one
+let wanted = 0; // number of the start that the person waits for or watches; 0: none
+let numStarts = 0;
 
 // Messages: a JSON header, with a payload in one binary envelope.
 
@@ -132,10 +135,8 @@ class Session {
   fail(message) {
     if (this.closed) return;
     this.close();
-    tell("error", message);
+    giveUp(message);
     byId("reconnect").hidden = false;
-    byId("start").textContent = "Start";
-    stopSource();
   }
 
   close() {
@@ -174,7 +175,7 @@ function drawSquare(canvas, image, width, height, mirrored) {
 
 // The source: a camera or the bundled clip.
 
-async function startSource() {
+async function startSource(number) {
   stopSource();
   const source = byId("source").value;
   video.classList.toggle("mirrored", source !== "clip");
@@ -182,19 +183,25 @@ async function startSource() {
     video.src = "v1/clip.mp4";
   } else {
     if (!navigator.mediaDevices) throw new Error("Cameras work only on https or localhost: open the page there.");
-    const camera = source === "camera" ? {} : { deviceId: { exact: source } };
-    const wanted = { ...camera, width: { ideal: 640 }, height: { ideal: 480 }, frameRate: { ideal: 30 } };
-    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: wanted, audio: false });
+    const which = source === "camera" ? {} : { deviceId: { exact: source } };
+    const wishes = { ...which, width: { ideal: 640 }, height: { ideal: 480 }, frameRate: { ideal: 30 } };
+    const camera = await navigator.mediaDevices.getUserMedia({ video: wishes, audio: false });
+    if (number !== wanted) return stopTracks(camera); // stopped before the permission came
+    video.srcObject = camera;
     await listSources();
   }
   await video.play();
 }
 
 function stopSource() {
-  video.srcObject?.getTracks().forEach((track) => track.stop());
+  stopTracks(video.srcObject);
   video.srcObject = null;
   video.removeAttribute("src");
   video.load();
+}
+
+function stopTracks(camera) {
+  camera?.getTracks().forEach((track) => track.stop());
 }
 
 async function listSources() {
@@ -260,23 +267,27 @@ async function usePicture(file) {
   }
 }
 
-// The server takes JPEG, PNG and WebP up to 4 MiB; everything else that the browser can show becomes a JPEG here.
+// The server takes JPEG, PNG and WebP up to 4 MiB and 40 megapixels; everything else that the browser can show becomes a JPEG here.
 async function fitPicture(file) {
   const bitmap = await createImageBitmap(file);
-  const isFine = ["image/jpeg", "image/png", "image/webp"].includes(file.type) && file.size < MAX_PORTRAIT_BYTES;
-  if (isFine) return file;
+  const isKnown = ["image/jpeg", "image/png", "image/webp"].includes(file.type);
+  const isSmall = file.size < MAX_PORTRAIT_BYTES && bitmap.width * bitmap.height <= MAX_PORTRAIT_PIXELS;
+  if (isKnown && isSmall) return file;
   const scale = Math.min(1, PORTRAIT_PX / Math.min(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.round(bitmap.width * scale);
   canvas.height = Math.round(bitmap.height * scale);
-  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const context = canvas.getContext("2d");
+  context.fillStyle = "white"; // behind transparent parts, as the server does it
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   return new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.95));
 }
 
 function choosePortrait(value, url) {
   portrait = value;
   byId("portrait").src = url;
-  if (session && !session.closed) start();
+  if (wanted) start();
 }
 
 // Controls.
@@ -286,26 +297,40 @@ function tell(state, message) {
   byId("status").textContent = message;
 }
 
+// Opening a camera and fetching portraits take time: only the newest start goes on after each of them.
 async function start() {
+  const number = wanted = ++numStarts;
   session?.stop();
   byId("reconnect").hidden = true;
-  if (!portrait) return tell("error", "Choose a portrait first.");
+  byId("start").textContent = "Stop";
   tell("connecting", "Connecting …");
   try {
-    if (video.paused || !video.currentSrc && !video.srcObject) await startSource();
+    await portraitsListed;
+    if (video.paused || !video.currentSrc && !video.srcObject) await startSource(number);
   } catch (error) {
-    stopSource();
-    return tell("error", `The source cannot be opened: ${error.message}`);
+    if (number === wanted) giveUp(`The source cannot be opened: ${error.message}`);
+    return;
   }
-  byId("start").textContent = "Stop";
-  session = new Session();
+  if (number !== wanted) return;
+  if (portrait) session = new Session();
+  else giveUp("Choose a portrait first.");
 }
 
 function stop() {
   session?.stop();
+  rest();
+  tell("idle", "Stopped.");
+}
+
+function giveUp(message) {
+  rest();
+  tell("error", message);
+}
+
+function rest() {
+  wanted = 0;
   stopSource();
   byId("start").textContent = "Start";
-  tell("idle", "Stopped.");
 }
 
 function showFigures() {
@@ -315,14 +340,14 @@ function showFigures() {
   byId("detail").textContent = (session.noFace ? "No face in view. " : "") + stages.join(" · ");
 }
 
-byId("start").onclick = () => (session && !session.closed ? stop() : start());
+byId("start").onclick = () => (wanted ? stop() : start());
 byId("reconnect").onclick = start;
 byId("source").onchange = () => {
   stopSource();
-  if (session && !session.closed) start();
+  if (wanted) start();
 };
 onEveryFrame((captureMs) => session?.capture(captureMs));
 setInterval(showFigures, 500);
 navigator.mediaDevices?.addEventListener("devicechange", listSources);
 listSources();
-listPortraits().catch(() => tell("error", "The server does not answer: reload the page."));
+const portraitsListed = listPortraits().catch(() => tell("error", "The server does not answer: reload the page."));

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,27 @@ def test_another_portrait_takes_over_while_the_stream_runs(open_page):
     page.wait_for_function("!document.body.classList.contains('live')")
     page.wait_for_function("document.body.classList.contains('live')")
     assert page.get_attribute("#portrait", "src").endswith("ben.png")
+
+
+def test_start_may_be_pressed_before_the_portraits_have_come(open_page):
+    page = open_page()
+    page.route("**/v1/portraits", lambda route: (time.sleep(1), route.continue_()))
+    page.reload(wait_until="commit")
+    page.click("#start")
+    page.wait_for_function("document.body.classList.contains('live')")
+
+
+def test_a_double_click_on_start_leaves_nothing_running(open_page):
+    page = open_page()
+    sockets = []
+    page.on("websocket", lambda socket: sockets.append(socket))
+    page.dblclick("#start")
+    page.wait_for_timeout(2000)
+    expect(page.locator("#start")).to_have_text("Start")
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    assert all(socket.is_closed() for socket in sockets)
+    page.click("#start")
+    page.wait_for_function("document.body.classList.contains('live')")
 
 
 def test_a_file_that_is_no_picture_is_named_on_the_page(open_page, tmp_path):
