@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -32,11 +33,18 @@ from serving.report import Receipt
 from serving.tasks import all_of
 from stages.errors import UserError
 from stages.messages import Pixels
-from stages.portraits import bundled_portraits, fit_portrait, read_portrait
-from stages.video import FramesHash, TimedFrame, VideoWriter, header_num_frames, read_video, square_resize
+from stages.portraits import bundled_portraits, read_portrait
+from stages.video import (
+    FramesHash,
+    TimedFrame,
+    VideoWriter,
+    check_output,
+    header_num_frames,
+    read_video,
+    square_resize,
+)
 
 URL = "ws://127.0.0.1:8000/v1/stream"
-MAX_PORTRAIT_BYTES = protocol.MAX_MESSAGE_BYTES - protocol.MAX_HEADER_BYTES - 4
 OPEN_TIMEOUT_S = 20.0
 
 
@@ -302,15 +310,18 @@ def make_report(run: Run, ended: protocol.Ended) -> dict[str, Any]:
 
 
 async def run_client(args: argparse.Namespace) -> dict[str, Any]:
-    """Plays args.driving through the server into args.out. Raises UserError."""
+    """Plays args.driving through the server into args.out. Raises UserError; what came before it is kept."""
+    check_output(args.out, args.driving, args.portrait)
     mode: Mode = "lossless" if args.lossless else "live"
+    num_frames = header_num_frames(args.driving)
+    total = None if args.seconds or args.loop else num_frames
     frames = driving_frames(args.driving, args.seconds, args.loop)
-    portrait = fit_portrait(read_portrait(args.portrait), MAX_PORTRAIT_BYTES)
-    total = None if args.seconds or args.loop else header_num_frames(args.driving)
+    portrait = read_portrait(args.portrait)
     client = Client(args.url, portrait=portrait, mode=mode, codec=args.codec, quality=args.quality, seed=args.seed)
     # A loop has no sound: it would break off where the video starts again.
     writer = VideoWriter(args.out, audio_from=None if args.loop else args.driving)
-    with writer, tqdm(total=total, unit="frame", file=sys.stderr, disable=None) as bar:
+    # Only closed, never discarded: what was received before an error or an interruption cannot be made again.
+    with contextlib.closing(writer), tqdm(total=total, unit="frame", file=sys.stderr, disable=None) as bar:
         async with client:
             run = await play(client, frames, mode, writer, bar)
     assert client.ended is not None, "iteration ends with the server's end"
@@ -324,7 +335,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m serving.client", description="Plays a video through a server.")
     parser.add_argument("--portrait", required=True, help=f"a file, or one of {', '.join(bundled_portraits())}")
     parser.add_argument("--driving", required=True, type=Path, help="video that moves the portrait")
-    parser.add_argument("--out", required=True, type=Path, help="MP4 to write")
+    parser.add_argument("--out", required=True, type=Path, help="video to write: .mp4, .m4v, .mov or .mkv")
     parser.add_argument("--url", default=URL)
     parser.add_argument("--seconds", type=float, help="stop after so many seconds of the video")
     parser.add_argument("--loop", action="store_true", help="start the video again at its end; needs --seconds")
@@ -334,6 +345,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quality", type=int, default=90, help="of jpeg and webp, 1 to 100")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(argv)
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        parser.error("--seconds must be more than 0, and an end")
     if args.loop and not args.seconds:
         parser.error("--loop needs --seconds, or it would never end")
     if not 0 <= args.seed < 2**32 or not 1 <= args.quality <= 100:

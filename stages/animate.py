@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,18 @@ from stages.errors import UserError
 from stages.messages import Pixels
 from stages.pipeline import Stages, animate, load_stages
 from stages.portraits import load_portrait, read_portrait
-from stages.video import FramesHash, TimedFrame, VideoWriter, header_num_frames, read_video, square_resize
+from stages.video import (
+    FramesHash,
+    TimedFrame,
+    VideoWriter,
+    check_output,
+    header_num_frames,
+    read_video,
+    square_resize,
+)
+
+MAX_SEED = 2**32 - 1
+"""As in the protocol, so that every seed means the same to both tools."""
 
 
 def driving_chunks(frames: Iterable[Pixels], window: WindowConfig) -> Iterator[Pixels]:
@@ -70,12 +81,12 @@ def animate_video(stages: Stages, portrait: Pixels, frames: Iterable[TimedFrame]
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole job; returns the report that `--json` prints. Raises UserError."""
+    """The whole job; returns the report that `--json` prints. Raises UserError; then no output is there."""
+    check_output(options.out, options.driving, options.portrait)
     total = header_num_frames(options.driving)
-    if not options.out.parent.is_dir():
-        raise UserError(f"{options.out} cannot be written: make the folder {options.out.parent} first", "bad_out")
+    picture = read_portrait(options.portrait)
     stages = load_stages(options.weights, device=options.device, num_threads=options.threads)
-    portrait = load_portrait(read_portrait(options.portrait), stages.config.size_px)
+    portrait = load_portrait(picture, stages.config.size_px)
     frames = islice(read_video(options.driving), options.frames)
     digest, num_frames, started_s = FramesHash(), 0, time.perf_counter()
     limit = min(filter(None, (total, options.frames)), default=None)
@@ -100,37 +111,32 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m stages.animate", description="A video drives a portrait.")
     result.add_argument("--portrait", required=True, help="picture file, or the name of a bundled portrait")
     result.add_argument("--driving", required=True, type=Path, help="video of the person who moves it")
-    result.add_argument("--out", required=True, type=Path, help="mp4 to write")
+    result.add_argument("--out", required=True, type=Path, help="video to write: .mp4, .m4v, .mov or .mkv")
     result.add_argument("--weights", default="tiny", help="weights folder, ours or the official one (default: tiny)")
-    result.add_argument("--seed", type=_seed, default=0, help="of the noise (default 0)")
-    result.add_argument("--frames", type=_positive, help="at most so many driving frames")
+    result.add_argument("--seed", type=_whole_number(0, MAX_SEED), default=0, help="of the noise (default 0)")
+    result.add_argument("--frames", type=_whole_number(1), help="at most so many driving frames")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     result.add_argument(
-        "--threads", type=_threads, default=0, help="torch threads (default: as many as a server's members)"
+        "--threads", type=_whole_number(0), default=0, help="torch threads (default 0: as many as a server's members)"
     )
     result.add_argument("--json", action="store_true", help="print the report as JSON")
     return result
 
 
-def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**64:
-        raise argparse.ArgumentTypeError("a seed lies between 0 and 2^64 - 1")
-    return seed
+def _whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    """What reads an option's text; argparse shows the sentence of its error."""
 
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = lowest - 1
+        if number < lowest or (highest is not None and number > highest):
+            limits = f"{lowest} or more" if highest is None else f"from {lowest} to {highest}"
+            raise argparse.ArgumentTypeError(f"give a whole number, {limits}, not {text!r}")
+        return number
 
-def _threads(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("0 (chooses by itself) or more")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("at least one frame")
-    return number
+    return read
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,6 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error ({error.code}): {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     if options.json:
         print(json.dumps(report))
     else:

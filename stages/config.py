@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,17 @@ from typing import Any, Literal, TypeVar
 from stages.errors import BadConfig
 
 T = TypeVar("T")
+
+MAY_BE_ZERO = {
+    "keypoints.drawn",
+    "keypoints.colours",
+    "keypoints.translation_scale",
+    "window.timesteps",
+    "window.max_keyframes",
+    "window.keyframe_threshold",
+    "window.first_keyframe_call",
+}
+"""Every other number of a config is more than 0, and none is less."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +188,8 @@ class ModelConfig:
 
 
 def check_config(config: ModelConfig) -> None:
-    """Raises BadConfig where sizes contradict each other, naming both."""
+    """Raises BadConfig where a number makes no sense by itself, or where sizes contradict each other, naming both."""
+    _check_numbers(config)
     vae, unet, window = config.vae, config.unet, config.window
     points, encoder = config.keypoints, config.motion_encoder
     pose_downscale = 2 ** (len(config.pose_guider.channels) - 1)
@@ -193,18 +206,21 @@ def check_config(config: ModelConfig) -> None:
             window.num_frames > unet.max_positions,
             f"{window.num_frames} window frames exceed unet.max_positions {unet.max_positions}",
         ),
-        (window.chunk_frames < 1 or window.num_levels < 2, "a window needs a frame per chunk and at least two levels"),
+        (window.num_levels < 2, "window.timesteps needs at least two levels"),
+        (not window.beta_start <= window.beta_end < 1, "window.beta_start, window.beta_end and 1 must increase"),
         (len(points.colours) != len(points.drawn), "keypoints.colours needs one entry per drawn keypoint"),
-        (max(points.drawn, default=0) >= points.num_keypoints, "keypoints.drawn names more than num_keypoints"),
+        (
+            any(len(colour) != 3 or max(colour) > 255 for colour in points.colours),
+            "keypoints.colours are three numbers of 0 to 255 each",
+        ),
+        (max(points.drawn) >= points.num_keypoints, "keypoints.drawn names more than num_keypoints"),
         (len(points.dims) != len(points.depths), "keypoints.dims and keypoints.depths differ in length"),
         (
             encoder.crop_px % 8 or encoder.crop_px < 4 * 2**encoder.hourglass_depth,
             f"motion_encoder.crop_px {encoder.crop_px} must be a multiple of 8, at least 4 · 2^hourglass_depth",
         ),
         (list(window.timesteps) != sorted(set(window.timesteps)), "window.timesteps must increase"),
-        (not all(0 <= timestep < 1000 for timestep in window.timesteps), "window.timesteps lie between 0 and 999"),
-        (config.size_px < 1, f"size_px {config.size_px} must be positive"),
-        (min(points.drawn, default=0) < 0, "keypoints.drawn counts from 0"),
+        (max(window.timesteps) > 999, "window.timesteps lie between 0 and 999"),
         (encoder.token_dim % 2, f"motion_encoder.token_dim {encoder.token_dim} must be even"),
         *_undivided_heads(config),
         (
@@ -217,6 +233,28 @@ def check_config(config: ModelConfig) -> None:
             raise BadConfig(f"model config: {message}")
 
 
+def _check_numbers(section: Any, where: str = "") -> None:
+    """Raises BadConfig for a number that is not finite or too small, and for an empty list."""
+    for part in dataclasses.fields(section):
+        name, value = f"{where}{part.name}", getattr(section, part.name)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value, f"{name}.")
+        if value == ():
+            raise BadConfig(f"model config: {name} must not be empty")
+        for number in _numbers(value):
+            if not math.isfinite(number):
+                raise BadConfig(f"model config: {name} {number} must be finite")
+            if number < 0 or (number == 0 and name not in MAY_BE_ZERO):
+                bound = "0 or more" if name in MAY_BE_ZERO else "more than 0"
+                raise BadConfig(f"model config: {name} {number} must be {bound}")
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, tuple):
+        return [number for entry in value for number in _numbers(entry)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
 def _undivided_heads(config: ModelConfig) -> list[tuple[bool, str]]:
     """For every attention, whether its heads do not divide its channels."""
     unet, encoder, clip = config.unet, config.motion_encoder, config.image_encoder
@@ -227,7 +265,7 @@ def _undivided_heads(config: ModelConfig) -> list[tuple[bool, str]]:
     for name in ("num_heads", "num_motion_heads", "num_temporal_heads"):
         divisions += [(f"unet.{name}", getattr(unet, name), channels) for channels in unet.block_channels]
     return [
-        (heads < 1 or channels % heads > 0, f"{name} {heads} does not divide {channels} channels")
+        (channels % heads > 0, f"{name} {heads} does not divide {channels} channels")
         for name, heads, channels in divisions
     ]
 
@@ -262,6 +300,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     allowed: Any = (int, float) if hint is float else hint
     if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
         raise BadConfig(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise BadConfig(f"{where}: the number has more than 64 bits")
     return float(value) if hint is float else value
 
 
@@ -269,16 +309,29 @@ def load_config(folder: Path) -> ModelConfig:
     """Reads `config.json` of a weights folder in our own format. Raises BadConfig."""
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text())
+        values = read_object(path)
     except FileNotFoundError:
         raise BadConfig(f"{path} is missing: not a weights folder, or one still to be converted") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    return from_dict(ModelConfig, values, "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises FileNotFoundError, and BadConfig for everything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BadConfig(f"{path} cannot be read ({error.strerror or error}): it must be a readable file") from None
+    except RecursionError:
+        raise BadConfig(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
         raise BadConfig(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise BadConfig(f"{path} does not hold a JSON object: copy or convert the weights folder again")
-    return from_dict(ModelConfig, values, "config.json")
+    return values
 
 
 def save_config(config: ModelConfig, folder: Path) -> None:
     """Writes `config.json`."""
-    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")

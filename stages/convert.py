@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from stages.errors import UserError
-from stages.official import LICENCE, is_official, load_official
+from stages.official import LICENCE, is_official, load_official_network, official_config
 from stages.weights import NETWORKS, save_folder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -18,9 +18,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 def convert(official: Path, out: Path, size_px: int = 512, dtype: torch.dtype = torch.float32) -> None:
     """Writes config.json and one safetensors file per network into `out`. Raises BadWeights or BadConfig."""
+    config = official_config(official, size_px)
     for name in tqdm(NETWORKS, desc="converting", unit="network"):
-        config, networks = load_official(official, [name], size_px)
-        save_folder(out, config, {name: networks[name].to(dtype).state_dict()})
+        network = load_official_network(official, name, config)
+        save_folder(out, config, {name: network.to(dtype).state_dict()})
 
 
 def main(arguments: list[str] | None = None) -> int:

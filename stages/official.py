@@ -11,7 +11,7 @@ Called by `stages.pipeline` and `stages.convert`. Specification, section 2.
 
 from __future__ import annotations
 
-import json
+import pickle
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.config import ModelConfig, VaeConfig, from_dict
+from stages.config import ModelConfig, VaeConfig, from_dict, read_object
 from stages.errors import BadConfig, BadWeights
 from stages.networks.unet import ReferenceUNet
 from stages.weights import build_network, fill_network, load_tensors
@@ -48,20 +48,22 @@ def is_official(folder: Path) -> bool:
 
 
 def load_official(folder: Path, names: Collection[str], size_px: int = 512) -> tuple[ModelConfig, dict[str, nn.Module]]:
-    """The config and the named networks of an official folder. Raises BadWeights or BadConfig.
-
-    The folder does not say for which picture size it is; the authors use 512.
-    """
+    """The config and the named networks of an official folder. Raises BadWeights or BadConfig."""
     config = official_config(folder, size_px)
-    networks = {}
-    for name in names:
-        network = build_network(name, config)
-        networks[name] = fill_network(name, network, READERS[name](folder, network), str(folder))
-    return config, networks
+    return config, {name: load_official_network(folder, name, config) for name in names}
+
+
+def load_official_network(folder: Path, name: str, config: ModelConfig) -> nn.Module:
+    """One network of an official folder that has this config. Raises BadWeights or BadConfig."""
+    network = build_network(name, config)
+    return fill_network(name, network, READERS[name](folder, network), str(folder))
 
 
 def official_config(folder: Path, size_px: int = 512) -> ModelConfig:
-    """Our config, from the folder's config files and, for the pose guider, its tensors' shapes."""
+    """Our config, from the folder's config files and, for the pose guider, its tensors' shapes.
+
+    The folder does not say for which picture size it is; the authors use 512. Raises BadWeights or BadConfig.
+    """
     values = {
         "name": "personalive-official",
         "licence": LICENCE,
@@ -119,20 +121,15 @@ def _pose_guider_values(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        return _Required(read_object(path), path)
     except FileNotFoundError:
         raise BadWeights(f"{path} is missing: download the whole folder, see WEIGHTS.md") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadConfig(f"{path} is not valid JSON: {error}") from None
-    return _Required(values, path)
 
 
 class _Required(dict[str, Any]):
     """A config file's values; a missing one raises BadConfig with the file's name."""
 
-    def __init__(self, values: Any, path: Path):
-        if not isinstance(values, dict):
-            raise BadConfig(f"{path} does not hold a JSON object")
+    def __init__(self, values: dict[str, Any], path: Path):
         super().__init__(values)
         self.path = path
 
@@ -155,17 +152,23 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        # Only what is inside: the rest of torch's text advises to open the file unsafely.
-        inside = re.search(r"Unsupported \w+: .*?(?= was not|\n|$)", str(error))
-        reason = inside[0] if inside else type(error).__name__
         raise BadWeights(
-            f"{path} is not a file of tensors only ({reason}), and is not opened otherwise: download it again, see "
-            "WEIGHTS.md"
+            f"{path} is not a file of tensors only: {_refusal(error)}. It is not opened otherwise: download it again, "
+            "see WEIGHTS.md"
         ) from None
     entries = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in entries):
         raise BadWeights(f"{path} does not hold a flat dictionary of tensors: download it again, see WEIGHTS.md")
     return tensors
+
+
+def _refusal(error: Exception) -> str:
+    """Why torch did not open a pickle, in our words: torch's own text advises to open it unsafely."""
+    code = re.search(r"unsupported (?:global: )?GLOBAL ([\w.]{1,100})", str(error), re.IGNORECASE)
+    if code:
+        return f"it asks to run {code[1]}, which is code"
+    is_pickle = isinstance(error, pickle.UnpicklingError) and "nsupported operand" not in str(error)
+    return "it asks for more than tensors" if is_pickle else "it is damaged, or of another kind"
 
 
 def _read_denoising_unet(folder: Path, network: nn.Module) -> dict[str, Tensor]:

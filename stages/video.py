@@ -1,4 +1,4 @@
-"""Reads a video as RGB frames with their real times, makes them square, and writes one with the source's sound.
+"""Reads a video as upright RGB frames with their real times, crops them, and writes one with the source's sound.
 
 Counts and rates come from timestamps: headers lie. Called by `stages.animate`, `serving.client` and the tests, so that
 all of them see, and hash, the same pixels. No torch, no Ray.
@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import os
+import secrets
+import tempfile
+import threading
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,8 +26,11 @@ from av.container import InputContainer, OutputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from stages.errors import BadVideo
+from stages.errors import BadVideo, UserError
 from stages.messages import Pixels
+
+CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+"""Ending of the file's name to libav's name of the container; all of them hold H.264 and AAC."""
 
 TIME_BASE = Fraction(1, 90_000)
 DEFAULT_FRAME_S = 1 / 25
@@ -36,12 +43,18 @@ MAX_SILENCE = AUDIO_RATE_HZ * 600
 """Samples of silence that one hole in the timestamps may cost, since timestamps can lie too."""
 
 
+class BadOutput(UserError):
+    """The place of the output cannot be written."""
+
+    code = "bad_out"
+
+
 @dataclass(frozen=True)
 class TimedFrame:
     """One decoded picture."""
 
     rgb: Pixels
-    """(height, width, 3), upright."""
+    """(height, width, 3), upright, of square pixels."""
     time_s: float
     """On the file's own clock; the first frame need not be at 0."""
 
@@ -54,11 +67,13 @@ def read_video(path: str | Path) -> Iterator[TimedFrame]:
     num_frames = 0
     last_s: float | None = None
     with _open_input(path) as container:
-        for frame in container.decode(container.streams.video[0]):
+        stream = container.streams.video[0]
+        for frame in container.decode(stream):
             last_s = _next_time_s(frame.time, last_s)
             num_frames += 1
             rgb = np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
-            yield TimedFrame(upright(rgb, frame.rotation), last_s)
+            # Pixels have their shape as they are stored, before the picture is turned.
+            yield TimedFrame(upright(with_square_pixels(rgb, stream.sample_aspect_ratio), frame.rotation), last_s)
     if not num_frames:
         raise BadVideo(f"{path}: not one frame can be decoded: convert it to H.264 in MP4")
 
@@ -75,11 +90,16 @@ def header_num_frames(path: str | Path) -> int | None:
         return container.streams.video[0].frames or None
 
 
-def frame_rate(times_s: Sequence[float]) -> float:
-    """Frames per second over a list of frame times; 25 where there are fewer than two."""
-    if len(times_s) < 2 or times_s[-1] <= times_s[0]:
-        return 1 / DEFAULT_FRAME_S
-    return (len(times_s) - 1) / (times_s[-1] - times_s[0])
+def with_square_pixels(rgb: Pixels, aspect: Fraction | None) -> Pixels:
+    """The picture as it is meant to look. `aspect`: a pixel's width over its height, None or 0 where nobody knows.
+
+    The side that has more pixels than it shows shrinks, so that no header makes a picture larger.
+    """
+    if not aspect or aspect == 1:
+        return rgb
+    height, width = rgb.shape[:2]
+    size = (width, max(1, round(height / aspect))) if aspect > 1 else (max(1, round(width * aspect)), height)
+    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
 def upright(rgb: Pixels, degrees: float) -> Pixels:
@@ -116,43 +136,113 @@ class FramesHash:
         return self._hash.hexdigest()
 
 
+def check_output(out: str | Path, *sources: str | Path) -> None:
+    """Raises BadOutput where no video can be written to `out`, or where it would replace one of `sources`.
+
+    To be asked before slow work starts. Leaves nothing on the disk.
+    """
+    target, ending = Path(os.path.realpath(out)), Path(out).suffix
+    folder = target.parent
+    if os.path.isdir(target):
+        raise BadOutput(f"{out} is a folder: name a file in it, like {Path(out) / 'out.mp4'}")
+    if not os.path.isdir(folder):
+        fix = f"{folder} is not a folder" if os.path.exists(folder) else f"make the folder {folder} first"
+        raise BadOutput(f"{out} cannot be written: {fix}")
+    if ending.lower() not in CONTAINERS:
+        raise BadOutput(f"{out} is no name of a video that can be written: let it end in {', '.join(CONTAINERS)}")
+    for source in sources:
+        if os.path.exists(target) and os.path.exists(source) and os.path.samefile(target, source):
+            raise BadOutput(f"{out} would replace {source}, which is read: choose another name")
+    if os.path.exists(target) and not (os.path.isfile(target) and os.access(target, os.W_OK)):
+        raise BadOutput(f"{out} exists and may not be replaced: choose another name")
+    try:
+        # A name may be too long, a file system read-only: only trying tells.
+        tempfile.TemporaryFile(dir=folder).close()
+        with contextlib.suppress(FileNotFoundError):
+            target.stat()
+    except OSError as error:
+        raise BadOutput(f"{out} cannot be written ({error.strerror or error}): choose another place") from None
+
+
 class VideoWriter:
-    """Writes RGB frames at their own times as H.264 in MP4, with the sound of `audio_from` where that has any.
+    """Writes RGB frames at their own times as H.264, with the sound of `audio_from` where that has any.
 
     Frame times are those of the source file, so the source's rate and the sound's place beside the picture are kept.
-    The file is made at the first frame; a writer without frames leaves nothing behind. Use as a context manager.
+    The video grows in a hidden file beside `path` and takes its place on `close`: nobody meets half a video, and a file
+    that was there stays until the new one is whole. A writer without frames leaves nothing behind.
+
+    As a context manager it closes, or discards after an error; with `contextlib.closing` what came before an error is
+    kept. Another thread may still be writing when it is closed. Raises BadOutput when the disk does not take it.
     """
 
     def __init__(self, path: str | Path, audio_from: str | Path | None = None):
-        self._path = Path(path)
+        self._path = Path(os.path.realpath(path))
+        self._part = self._path.with_name(f".{self._path.stem[:40]}.{secrets.token_hex(4)}.part")
+        self._container = CONTAINERS.get(Path(path).suffix.lower(), "mp4")
         self._audio_from = audio_from
         self._output: _Output | None = None
         self._pending: TimedFrame | None = None
         self._steps_s: list[float] = []
+        self._is_closed = False
+        self._lock = threading.Lock()
 
     def write(self, rgb: Pixels, time_s: float) -> None:
         """Adds a frame that is shown from `time_s` on. Times must increase; all frames must have one size."""
         frame = TimedFrame(rgb, time_s)
-        if self._pending is None:
-            self._output = _Output(self._path, frame, self._audio_from)
-        else:
-            self._steps_s.append(time_s - self._pending.time_s)
-            self._flush_pending(self._steps_s[-1])
-        self._pending = frame
+        with self._lock, self._whole_or_nothing():
+            if self._is_closed:
+                raise ValueError("a frame was written after the end of the video")
+            if self._pending is None:
+                self._output = _Output(self._part, self._container, frame, self._audio_from)
+            else:
+                self._steps_s.append(time_s - self._pending.time_s)
+                self._flush_pending(self._steps_s[-1])
+            self._pending = frame
 
     def close(self) -> None:
-        """Ends the file. The last frame lasts as long as the usual one."""
-        if self._pending is None or self._output is None:
-            return
-        self._flush_pending(median(self._steps_s) if self._steps_s else DEFAULT_FRAME_S)
-        self._pending = None
-        self._output.close()
+        """Ends the video and puts it in its place. The last frame lasts as long as the usual one."""
+        with self._lock, self._whole_or_nothing():
+            if self._output is not None and not self._is_closed:
+                self._flush_pending(median(self._steps_s) if self._steps_s else DEFAULT_FRAME_S)
+                self._output.close()
+                self._part.replace(self._path)
+            self._is_closed = True
+
+    def discard(self) -> None:
+        """Leaves everything as it was before the first frame."""
+        with self._lock:
+            self._drop()
 
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.discard()
+
+    @contextlib.contextmanager
+    def _whole_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            self._drop()
+            reason = error.strerror or error
+            raise BadOutput(f"{self._path} cannot be written ({reason}): make room, or choose another place") from None
+        except BaseException:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with contextlib.suppress(av.FFmpegError, OSError):
+            if self._output is not None:
+                self._output.release()
+        with contextlib.suppress(OSError):
+            self._part.unlink(missing_ok=True)
 
     def _flush_pending(self, duration_s: float) -> None:
         # A frame's duration is known when the next one comes, so the writer stays one frame behind.
@@ -161,14 +251,14 @@ class VideoWriter:
 
 
 class _Output:
-    """An open MP4 file: one video stream, at most one audio stream, on one clock that starts with the first of both."""
+    """An open video file: a video stream, at most one audio stream, on one clock that starts with the first of both."""
 
-    def __init__(self, path: Path, first: TimedFrame, audio_from: str | Path | None):
+    def __init__(self, path: Path, container: str, first: TimedFrame, audio_from: str | Path | None):
         sound = sound_blocks(audio_from, _sound_start_s(audio_from, first.time_s)) if audio_from is not None else None
         self._next_sound = next(sound, None) if sound is not None else None
         self._sound = sound
         self._origin_s = first.time_s if self._next_sound is None else min(first.time_s, self._next_sound.time_s)
-        self._container: OutputContainer = av.open(str(path), "w")
+        self._container: OutputContainer = av.open(str(path), "w", format=container)
         self._video = _add_video(self._container, first.rgb)
         self._durations: dict[int, int] = {}
         self._audio = None if self._next_sound is None else _add_audio(self._container)
@@ -185,6 +275,10 @@ class _Output:
         self._write_packets(self._video.encode(None))
         if self._audio is not None:
             self._container.mux(self._audio.encode(None))
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the files, whatever has been written."""
         self._container.close()
         if self._sound is not None:
             self._sound.close()

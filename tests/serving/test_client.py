@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from serving import protocol
 from serving.client import Client, ServerError, UnreachableError, driving_frames, main, parse_args, run_client
 from serving.settings import Settings
 from stages.errors import UserError
+from stages.portraits import MAX_BYTES
 from stages.video import VideoWriter, read_video, square_resize
 
 
@@ -103,6 +105,63 @@ async def test_a_server_that_dies_is_a_typed_error(echo_server, clip, face, mode
     with pytest.raises(UserError) as failed:
         await run_client(arguments(server, clip, face, *(["--lossless"] if mode == "lossless" else [])))
     assert failed.value.code == "internal"
+    assert {path.name for path in clip.parent.iterdir()} == {"driving.mp4", "face.png"}
+
+
+@pytest.mark.parametrize("end", ["the server's", "the user's"])
+async def test_what_was_received_before_an_early_end_is_kept(echo_server, clip, face, end):
+    server = await echo_server(fail_after=8 if end == "the server's" else 10**9, chunk_s=0.02)
+    playing = asyncio.create_task(run_client(arguments(server, clip, face, "--loop", "--seconds", "60")))
+    if end == "the user's":
+        async with asyncio.timeout(10):
+            while not server.pool.streams or server.pool.streams[0].num_calls < 8:
+                await asyncio.sleep(0.01)
+        playing.cancel()
+    with pytest.raises((UserError, asyncio.CancelledError)):
+        await playing
+    assert len(list(read_video(clip.with_name("out.mp4")))) >= 3
+    assert {path.name for path in clip.parent.iterdir()} == {"driving.mp4", "face.png", "out.mp4"}
+
+
+async def test_a_portrait_file_too_large_for_a_message_is_shrunk(echo_server, clip, face, capsys):
+    assert MAX_BYTES + protocol.MAX_HEADER_BYTES + 4 <= protocol.MAX_MESSAGE_BYTES
+    server = await echo_server()
+    face.write_bytes(face.read_bytes() + bytes(protocol.MAX_MESSAGE_BYTES))
+    assert (await run_client(arguments(server, clip, face, "--lossless")))["frames_received"] == 17
+    assert "is shrunk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["none/out.mp4", ".", "out.gif", "driving.mp4", "face.png"])
+def test_an_output_that_cannot_be_written_is_refused_before_connecting(clip, face, capsys, out):
+    place = ["--out", str(clip.parent / out), "--url", "ws://127.0.0.1:9/v1/stream"]
+    before = clip.read_bytes()
+    assert main(["--portrait", str(face), "--driving", str(clip), *place]) == 1
+    assert capsys.readouterr().err.startswith("error: bad_out: ")
+    assert clip.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--seed", "-1"),
+        ("--seed", str(2**32)),
+        ("--seed", "x"),
+        ("--quality", "0"),
+        ("--seconds", "0"),
+        ("--seconds", "nan"),
+        ("--seconds", "inf"),
+        ("--loop",),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_name(capsys, more):
+    with pytest.raises(SystemExit) as end:
+        parse_args(["--portrait", "ada", "--driving", "a.mp4", "--out", "b.mp4", *more])
+    assert end.value.code == 2 and more[0] in capsys.readouterr().err
+
+
+def test_the_largest_seed_is_the_protocols():
+    options = parse_args(["--portrait", "ada", "--driving", "a.mp4", "--out", "b.mp4", "--seed", str(2**32 - 1)])
+    assert options.seed == 2**32 - 1
 
 
 def test_the_command_says_what_is_wrong_and_fails(clip, face, capsys):

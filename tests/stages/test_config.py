@@ -127,7 +127,7 @@ def test_a_whole_number_may_stand_where_a_fraction_is_meant():
         ("unet", {"attention_levels": (True, True)}, ["unet.attention_levels", "block"]),
         ("unet", {"max_positions": 5}, ["6 window frames", "unet.max_positions 5"]),
         ("window", {"chunk_frames": 7}, ["21 window frames", "unet.max_positions 20"]),
-        ("window", {"chunk_frames": 0}, ["frame per chunk"]),
+        ("window", {"chunk_frames": 0}, ["window.chunk_frames 0"]),
         ("window", {"timesteps": (0,)}, ["two levels"]),
         ("window", {"timesteps": (0, 650, 300)}, ["window.timesteps"]),
         ("window", {"timesteps": (0, 300, 300)}, ["window.timesteps"]),
@@ -167,6 +167,54 @@ def test_a_size_that_no_network_can_run_with_is_refused(config, section, changes
         changed(config, section, changes)
 
 
+SECTIONS = {None: ModelConfig} | {
+    field.name: field.default_factory for field in dataclasses.fields(ModelConfig) if field.type.endswith("Config")
+}
+NUMBERS = [
+    (section, field.name)
+    for section, kind in SECTIONS.items()
+    for field in dataclasses.fields(kind)
+    if field.type in ("int", "float")
+]
+
+
+@pytest.mark.parametrize(("section", "name"), NUMBERS)
+def test_no_number_is_negative_and_the_field_is_named(config, section, name):
+    with pytest.raises(BadConfig, match=rf"{section + '.' if section else ''}{name} -1 must be"):
+        changed(config, section, {name: -1})
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        (None, {"size_px": 0}, "size_px 0 must be more than 0"),
+        ("unet", {"num_heads": 0}, "unet.num_heads 0 must be more than 0"),
+        ("unet", {"block_channels": (8, 0, 24)}, "unet.block_channels 0 must be more than 0"),
+        ("unet", {"block_channels": ()}, "unet.block_channels must not be empty"),
+        ("vae", {"block_channels": ()}, "vae.block_channels must not be empty"),
+        ("vae", {"scaling_factor": float("nan")}, "vae.scaling_factor nan must be finite"),
+        ("vae", {"scaling_factor": 0.0}, "vae.scaling_factor 0.0 must be more than 0"),
+        ("image_encoder", {"norm_eps": float("inf")}, "image_encoder.norm_eps inf must be finite"),
+        ("keypoints", {"box_factor": float("-inf")}, "keypoints.box_factor -inf must be finite"),
+        ("keypoints", {"colours": ((256, 0, 0),) * 4}, "keypoints.colours are three numbers of 0 to 255"),
+        ("keypoints", {"colours": ((255, 0),) * 4}, "keypoints.colours are three numbers of 0 to 255"),
+        ("keypoints", {"drawn": ()}, "keypoints.drawn must not be empty"),
+        ("pose_guider", {"channels": ()}, "pose_guider.channels must not be empty"),
+        ("window", {"timesteps": ()}, "window.timesteps must not be empty"),
+        ("window", {"beta_end": 1.0}, "window.beta_end and 1 must increase"),
+        ("window", {"beta_start": 0.5}, "window.beta_start, window.beta_end"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named(config, section, changes, message):
+    with pytest.raises(BadConfig, match=re.escape(message)):
+        changed(config, section, changes)
+
+
+def test_numbers_that_may_be_zero_are_taken(config):
+    zeros = {"max_keyframes": 0, "keyframe_threshold": 0.0, "first_keyframe_call": 0}
+    assert changed(config, "window", zeros).window.max_keyframes == 0
+
+
 def test_sections_are_checked_when_a_config_is_read():
     with pytest.raises(BadConfig, match=r"size_px 44 is not a multiple"):
         from_dict(ModelConfig, {"size_px": 44})
@@ -183,7 +231,19 @@ def test_a_missing_config_says_which_file(tmp_path):
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"{", b"", b"\xff\xfe{}"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"{",
+        b"",
+        b"\xff\xfe{}",
+        '{"name": "ü"}'.encode("latin-1"),
+        b'{"a":' * 100_000,
+        b'{"size_px": 1' + b"0" * 5000 + b"}",
+        b"\xef\xbb\xbf{}",
+    ],
+    ids=["cut", "empty", "bytes", "latin-1", "nested", "endless number", "byte order mark"],
+)
 def test_a_damaged_config_says_which_file(tmp_path, data):
     (tmp_path / "config.json").write_bytes(data)
     with pytest.raises(BadConfig, match=r"config\.json is not valid JSON"):
@@ -195,3 +255,31 @@ def test_a_config_that_is_no_object_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(BadConfig, match=r"config\.json"):
         load_config(tmp_path)
+
+
+def test_a_config_that_is_a_folder_is_refused(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(BadConfig, match=r"config\.json cannot be read .*readable file"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"vae": {"scaling_factor": NaN}}', "vae.scaling_factor nan"),
+        ('{"window": {"keyframe_threshold": Infinity}}', "window.keyframe_threshold inf"),
+        ('{"window": {"keyframe_threshold": 1e999}}', "window.keyframe_threshold inf"),
+        (f'{{"window": {{"keyframe_threshold": 1{"0" * 400}}}}}', "window.keyframe_threshold: the number"),
+        (f'{{"size_px": 1{"0" * 400}}}', "size_px: the number"),
+    ],
+)
+def test_numbers_that_only_json_can_write_are_named(tmp_path, text, named):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BadConfig, match=re.escape(named)):
+        load_config(tmp_path)
+
+
+def test_a_config_is_utf_8_whatever_the_machine_prefers(config, tmp_path):
+    save_config(dataclasses.replace(config, name="Ü"), tmp_path)
+    (tmp_path / "config.json").write_bytes((tmp_path / "config.json").read_bytes().replace(b"\\u00dc", "Ü".encode()))
+    assert load_config(tmp_path).name == "Ü"

@@ -85,6 +85,7 @@ def test_the_licence_is_said_before_the_first_network_is_read(write_official, tm
     [
         ({}, [], "motion_extractor.pth"),
         ({}, ["--size-px", "30"], "size_px 30 is not a multiple"),
+        ({}, ["--size-px", "-8"], "size_px -8 must be more than 0"),
         ({"personalive/pose_guider": None}, [], "pose_guider.pth"),
         ({"personalive/pose_guider": [1]}, [], "flat dictionary of tensors"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections import OrderedDict
 from pathlib import Path
 
@@ -284,6 +286,42 @@ def test_a_pickle_that_holds_code_is_refused_and_not_run(write_official, tmp_pat
     assert not trap.exists()
     torch.load(path, weights_only=False)
     assert trap.exists(), "the trap must be one"
+
+
+class Call:
+    """Unpickling it calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (Call(os.system, "true"), "it asks to run posix.system, which is code"),
+        (Call(eval, "1"), "it asks to run eval, which is code"),
+        (Call(subprocess.Popen, ["true"]), r"it asks to run \w+\.Popen, which is code"),
+        (b"no pickle", "it is damaged, or of another kind"),
+        (b"", "it is damaged, or of another kind"),
+    ],
+)
+def test_the_reason_of_a_refusal_is_told_without_advice_to_open_it_anyway(write_official, value, reason, legacy):
+    folder = write_official()
+    path = folder / "personalive" / "pose_guider.pth"
+    if isinstance(value, bytes):
+        path.write_bytes(value)
+    else:
+        torch.save({"conv_in.weight": value}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(BadWeights, match=reason) as error:
+        load(folder, "pose_guider")
+    text = str(error.value)
+    advice = ("weights_only", "safe_globals", "pytorch", "torch.load", "trust")
+    assert not any(words in text.lower() for words in advice)
+    assert len(text) < len(str(path)) + 200 and "\n" not in text
 
 
 @pytest.mark.parametrize(

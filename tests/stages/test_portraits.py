@@ -4,10 +4,12 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 from stages.errors import BadPortrait
 from stages.portraits import (
+    MAX_BYTES,
+    MAX_PIXELS,
     bundled_portraits,
     fit_portrait,
     load_portrait,
@@ -27,6 +29,16 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    return noise(5, 7).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def oriented(image: Image.Image, orientation: int, kind: str = "PNG") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image, kind, exif=exif)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -54,10 +66,68 @@ def test_a_wide_picture_keeps_its_centre_and_a_tall_one_its_upper_part():
 def test_the_exif_orientation_is_honoured():
     image = Image.new("RGB", (80, 80), "black")
     image.paste("red", (0, 0, 80, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held sideways: show turned clockwise by 90 degrees
-    shown = load_portrait(encoded(image, exif=exif), 80)
+    shown = load_portrait(oriented(image, 6), 80)  # the camera was held sideways: show turned clockwise by 90 degrees
     assert shown[40, 70, 0] == 255 and shown[10, 20, 0] == 0
+
+
+@pytest.mark.parametrize("size", [(90, 160), (160, 90)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_picture_is_cut_like_its_upright_self(orientation, size):
+    image = noise(*size)
+    data = oriented(image, orientation)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    # Nothing is scaled here, so that not one pixel may differ.
+    assert np.array_equal(load_portrait(data, 90), np.asarray(upright.crop(square_box(*upright.size))))
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_turning_after_shrinking_gives_the_same_picture(orientation):
+    data = oriented(smooth(300, 200), orientation)
+    upright = encoded(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    difference = load_portrait(data, 64).astype(int) - load_portrait(upright, 64)
+    assert np.abs(difference).max() <= 8 and np.abs(difference).mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0no TIFF file",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x03\0\0\0six\0\0\0\0\0",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x05\0\x01\0\0\0\xff\xff\0\0",
+    ],
+)
+def test_damaged_exif_is_no_orientation(exif, kind):
+    image = smooth(80, 80)
+    assert np.array_equal(load_portrait(encoded(image, kind, exif=exif), 80), load_portrait(encoded(image, kind), 80))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_turns_nothing(orientation):
+    image = smooth(80, 80)
+    assert np.array_equal(load_portrait(oriented(image, orientation), 80), np.asarray(image))
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(monkeypatch):
+    image = smooth(1200, 1600)
+    decoded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (load(self), decoded.append(self.size))[0])
+    jpeg = load_portrait(oriented(image, 6, "JPEG"), 64)
+    assert decoded[-1] == (300, 400)
+    png = load_portrait(oriented(image, 6, "PNG"), 64)
+    assert decoded[-1] == (1200, 1600)
+    assert np.abs(jpeg.astype(int) - png).mean() < 3
+
+
+def test_a_portrait_at_the_limit_of_pixels_is_taken_and_one_above_it_is_not():
+    with pytest.raises(BadPortrait, match=f"at most {MAX_PIXELS} pixels"):
+        load_portrait(png_header(8000, 5001), 64)
+    with pytest.raises(BadPortrait, match="damaged"):
+        load_portrait(png_header(8000, 5000), 64)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -101,16 +171,15 @@ def test_what_cannot_be_animated_is_refused_with_the_reason(data, says):
         load_portrait(data, 64)
 
 
-def test_the_size_in_bytes_is_checked_first():
-    with pytest.raises(BadPortrait, match="at most 1000"):
-        load_portrait(b"x" * 1001, 64, max_bytes=1000)
-
-
-def test_a_picture_too_large_for_the_wire_is_shrunk_and_a_small_one_left_alone():
-    data = encoded(noise(700, 600))
-    assert fit_portrait(data, len(data)) is data
-    shrunk = fit_portrait(data, 100_000, size_px=128)
-    assert len(shrunk) < 100_000 and Image.open(io.BytesIO(shrunk)).size == (128, 128)
+def test_a_file_too_large_for_the_wire_is_shrunk_and_a_small_one_left_alone():
+    data = encoded(noise(1300, 1200))
+    assert len(data) > MAX_BYTES
+    shrunk = fit_portrait(data)
+    assert len(shrunk) < MAX_BYTES and Image.open(io.BytesIO(shrunk)).size == (1024, 1024)
+    difference = load_portrait(shrunk, 64).astype(int) - load_portrait(data, 64)
+    assert np.abs(difference).mean() < 4
+    small = encoded(noise(70, 80))
+    assert fit_portrait(small) is small
 
 
 @pytest.mark.parametrize("name", ["../driving", "/etc/passwd", "nobody", "", "a\0b"])
@@ -124,9 +193,27 @@ def test_every_bundled_portrait_loads_by_its_name():
         assert load_portrait(read_bundled_portrait(name), 64).shape == (64, 64, 3)
 
 
-def test_the_command_line_takes_a_file_and_names_what_is_missing(tmp_path):
+def test_the_command_line_takes_a_file_and_names_what_is_missing(tmp_path, capsys):
     path = tmp_path / "face.png"
     path.write_bytes(b"anything")
     assert read_portrait(str(path)) == b"anything"
+    assert capsys.readouterr().err == ""
     with pytest.raises(BadPortrait, match="No such file"):
         read_portrait(str(tmp_path / "none.png"))
+    with pytest.raises(BadPortrait, match="ada"):
+        read_portrait(str(tmp_path))
+
+
+def test_the_command_line_remarks_once_that_a_file_is_shrunk(tmp_path, capsys):
+    path = tmp_path / "face.png"
+    path.write_bytes(encoded(smooth(90, 90)) + bytes(MAX_BYTES))
+    assert read_portrait(str(path)) == fit_portrait(path.read_bytes())
+    (remark,) = capsys.readouterr().err.splitlines()
+    assert str(path) in remark and "1024x1024" in remark
+
+
+def test_a_file_too_large_that_is_no_picture_is_refused(tmp_path):
+    path = tmp_path / "face.png"
+    path.write_bytes(bytes(MAX_BYTES + 1))
+    with pytest.raises(BadPortrait, match="not a picture"):
+        read_portrait(str(path))

@@ -1,6 +1,9 @@
+import contextlib
+import os
 import struct
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import av
 import cv2
@@ -9,14 +12,16 @@ import pytest
 
 from stages.errors import BadVideo
 from stages.video import (
+    BadOutput,
     FramesHash,
     VideoWriter,
-    frame_rate,
+    check_output,
     header_num_frames,
     read_video,
     sound_blocks,
     square_resize,
     upright,
+    with_square_pixels,
 )
 
 RATE_HZ = 44_100
@@ -88,7 +93,7 @@ def test_the_written_video_keeps_every_time_and_size(tmp_path):
 def test_the_rate_of_the_source_is_kept(tmp_path, fps):
     source = make_source(tmp_path / "a.mp4", [k / fps for k in range(20)])
     times = [frame.time_s for frame in read_video(copy(source, tmp_path / "b.mp4"))]
-    assert len(times) == 20 and frame_rate(times) == pytest.approx(fps, rel=1e-3)
+    assert len(times) == 20 and 19 / (times[-1] - times[0]) == pytest.approx(fps, rel=1e-3)
     with av.open(str(tmp_path / "b.mp4")) as container:
         assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-2)
 
@@ -139,7 +144,110 @@ def test_a_video_without_sound_is_copied_without_sound(tmp_path):
 
 def test_a_writer_without_frames_leaves_no_file(tmp_path):
     VideoWriter(tmp_path / "none.mp4").close()
-    assert not (tmp_path / "none.mp4").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".MP4", ".m4v", ".mov", ".mkv"])
+def test_every_kind_of_file_that_is_offered_can_be_written_and_read(tmp_path, ending):
+    source = make_source(tmp_path / "a.mp4", [k / 25 for k in range(10)], 0.0, click_s=0.2)
+    path = tmp_path / f"out{ending}"
+    check_output(path, source)
+    times = [frame.time_s for frame in read_video(copy(source, path))]
+    assert times == pytest.approx([k / 25 for k in range(10)], abs=2e-3)
+    assert click_time_s(path) == pytest.approx(0.2, abs=0.03)
+
+
+def write_two(writer):
+    for time_s in (0.0, 0.04):
+        writer.write(flat(100), time_s)
+
+
+@pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_writer_leaves_everything_as_it_was(tmp_path, interruption):
+    (tmp_path / "out.mp4").write_text("precious")
+    for name in ("out.mp4", "new.mp4"):
+        with pytest.raises(interruption), VideoWriter(tmp_path / name) as writer:
+            write_two(writer)
+            raise interruption
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+    assert (tmp_path / "out.mp4").read_text() == "precious"
+
+
+def test_an_existing_video_is_replaced_only_when_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "out.mp4"
+    path.write_text("old")
+    with VideoWriter(path) as writer:
+        write_two(writer)
+        assert path.read_text() == "old"
+    assert len(list(read_video(path))) == 2 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_only_closes_keeps_what_came_before_an_error(tmp_path):
+    with pytest.raises(RuntimeError), contextlib.closing(VideoWriter(tmp_path / "out.mp4")) as writer:
+        write_two(writer)
+        raise RuntimeError
+    assert len(list(read_video(tmp_path / "out.mp4"))) == 2
+
+
+def test_a_link_is_followed_and_a_new_file_has_the_usual_rights(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "folder" / "real.mp4")
+    with VideoWriter(tmp_path / "link.mp4") as writer:
+        write_two(writer)
+    assert (tmp_path / "link.mp4").is_symlink() and len(list(read_video(tmp_path / "folder" / "real.mp4"))) == 2
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "link.mp4").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_video_that_cannot_be_written_is_a_typed_error_and_stays_ended(tmp_path):
+    (tmp_path / "gone").mkdir()
+    writer = VideoWriter(tmp_path / "gone" / "out.mp4")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(BadOutput, match="another place"), writer:
+        write_two(writer)
+    with pytest.raises(ValueError, match="after the end"):
+        writer.write(flat(100), 0.04)
+    writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+def locked_folder(tmp_path):
+    """A folder in which nobody can make a file; the rights alone would not stop root."""
+    if os.geteuid() == 0:
+        return Path("/proc")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    return tmp_path / "locked"
+
+
+def test_a_place_where_no_video_can_be_written_is_refused_beforehand(tmp_path):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path, words in [
+        (tmp_path / "none" / "out.mp4", "make the folder"),
+        (tmp_path / "file" / "out.mp4", "is not a folder"),
+        (tmp_path / "folder.mp4", "is a folder: name a file in it"),
+        (tmp_path / "out.avi", "let it end in .mp4"),
+        (tmp_path / "out", "let it end in .mp4"),
+        (tmp_path / "pipe.mp4", "may not be replaced"),
+        (tmp_path / f"{'x' * 300}.mp4", "cannot be written"),
+        (locked_folder(tmp_path) / "out.mp4", "cannot be written"),
+    ]:
+        with pytest.raises(BadOutput, match=words) as error:
+            check_output(path)
+        assert error.value.code == "bad_out"
+    assert {path.name for path in tmp_path.iterdir()} - {"locked"} == {"folder.mp4", "file", "pipe.mp4"}
+
+
+def test_an_output_that_is_also_an_input_is_refused_whatever_it_is_called(tmp_path):
+    (tmp_path / "driving.mp4").write_text("precious")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "driving.mp4")
+    for out in ("driving.mp4", "link.mp4"):
+        with pytest.raises(BadOutput, match="would replace"):
+            check_output(tmp_path / out, "ada", tmp_path / "driving.mp4")
+    check_output(tmp_path / "other.mp4", "ada", tmp_path / "driving.mp4")
+    check_output(tmp_path / "driving.mp4", "ada", tmp_path / "none.mp4")
+    assert (tmp_path / "driving.mp4").read_text() == "precious"
 
 
 def turned_mp4(path, matrix):
@@ -161,6 +269,45 @@ def test_the_rotation_in_the_header_is_honoured(tmp_path):
     shown = next(read_video(path)).rgb
     assert shown.shape == (64, 48, 3)
     assert shown[:8].mean() > 180 and shown[-8:].mean() < 60  # what was left is now on top
+
+
+def make_anamorphic(path, aspect, rotation=0):
+    """64x48 pixels of the given width over height, bright in the left quarter, with the turn that a player does."""
+    picture = flat(20)
+    picture[:, :16] = 220
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        stream.set_display_rotation(rotation)
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame.time_base, frame.pts = Fraction(1, 25), 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".mkv"])
+@pytest.mark.parametrize(
+    ("aspect", "rotation", "shape"),
+    [("1", 0, (48, 64)), ("2", 0, (24, 64)), ("1/2", 0, (48, 32)), ("4/3", 90, (64, 36)), ("3/4", -90, (48, 48))],
+)
+def test_pixels_that_are_not_square_are_made_square_before_the_picture_is_turned(
+    tmp_path, ending, aspect, rotation, shape
+):
+    shown = next(read_video(make_anamorphic(tmp_path / f"a{ending}", aspect, rotation))).rgb
+    assert shown.shape == (*shape, 3)
+    # Turned back, the bright part is a quarter of the width again.
+    bright = upright(shown, -rotation)[..., 0].mean(axis=0) > 120
+    assert bright.sum() == len(bright) // 4 and bright[: len(bright) // 4].all()
+
+
+def test_square_pixels_stay_as_they_are_and_no_header_makes_a_picture_vanish_or_grow():
+    picture = flat(90)
+    for aspect in (None, Fraction(0), Fraction(1)):
+        assert with_square_pixels(picture, aspect) is picture
+    assert with_square_pixels(picture, Fraction(10**6)).shape == (1, 64, 3)
+    assert with_square_pixels(picture, Fraction(1, 10**6)).shape == (48, 1, 3)
 
 
 def test_turning_by_full_quarters_only():
