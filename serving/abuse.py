@@ -83,6 +83,11 @@ def again_and_again(make: Callable[[int], str | bytes]) -> Abuse:
     return abuse
 
 
+async def vanish_with_hello(socket: ClientConnection) -> None:
+    await socket.send(a_hello())
+    socket.transport.abort()
+
+
 async def vanish(socket: ClientConnection) -> None:
     await open_session(socket)
     for seq in range(30):
@@ -97,6 +102,16 @@ async def stop_reading(socket: ClientConnection) -> None:
         await socket.send(a_frame(seq))
         await asyncio.sleep(1 / 50)
     socket.transport.abort()
+
+
+async def send_huge_pictures(socket: ClientConnection) -> None:
+    """The largest pictures that are taken, in a few kilobytes each, as fast as they are no flood; then leaves."""
+    await socket.send(protocol.pack(protocol.Hello(protocol.PROTOCOL, portrait="ada", codec="webp")))
+    payload = encode(np.full((2048, 2048, 3), 128, np.uint8), "webp", 10)
+    for seq in range(200):
+        await socket.send(protocol.pack(protocol.DrivingFrame(seq, float(seq)), payload))
+        await asyncio.sleep(1 / 200)
+    await socket.send(protocol.pack(protocol.Bye()))
 
 
 async def flood(socket: ClientConnection) -> None:
@@ -124,7 +139,9 @@ ABUSES: dict[str, tuple[Abuse, str | None]] = {
     "another size": (again_and_again(lambda number: a_frame(6 + number, side=80)), "frame_size_changed"),
     "frames that are no pictures": (again_and_again(lambda number: a_frame(6 + number, payload=b"no")), "bad_frame"),
     "garbage in the stream": (again_and_again(lambda number: struct.pack(">I", number)), "bad_header"),
+    "vanishes with its hello": (vanish_with_hello, None),
     "vanishes": (vanish, None),
+    "sends huge pictures": (send_huge_pictures, None),
     "stops reading": (stop_reading, None),
     "floods": (flood, "flooding"),
     "sends without credit": (send_without_credit, "no_credit"),
@@ -135,14 +152,14 @@ ABUSES: dict[str, tuple[Abuse, str | None]] = {
 async def told(url: str, abuse: Abuse) -> str | None:
     """Plays one bad client; returns the code of the server's fatal error, if it came."""
     async with connect(url, max_size=None, compression=None, open_timeout=ANSWER_S) as socket:
-        listening = asyncio.create_task(abuse(socket))
+        abusing = asyncio.create_task(abuse(socket))
         try:
             async with asyncio.timeout(ANSWER_S):
-                await asyncio.wait([listening])
+                await asyncio.wait([abusing])
                 return await _fatal_code(socket)
         finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            abusing.cancel()
+            await asyncio.gather(abusing, return_exceptions=True)
 
 
 async def _fatal_code(socket: ClientConnection) -> str | None:

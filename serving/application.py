@@ -6,7 +6,6 @@ every replica. No `from __future__ import annotations` here: Serve reads the bui
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -25,30 +24,28 @@ from stages.errors import UserError
 logger = logging.getLogger("ray.serve")
 
 RETRY_S = 30.0
-"""A pool that has failed is asked for again at the next hello, but not more often than this."""
+"""A pool that cannot be had is asked for again so often."""
 OTHER_REQUESTS = 64
 """Places beside the sessions: pages, health checks, and sockets that are told that all is taken."""
 
 
 class PoolLink:
-    """A replica's way to the pool: connects in the background, and again when somebody asks after a failure."""
+    """A replica's way to the pool: connects in the background, and after a failure again every `RETRY_S`."""
 
     def __init__(self, settings: PoolSettings):
         self._settings = settings
-        self._connecting: asyncio.Task[Pool] | None = None
-        self._failed_s = float("-inf")
+        self._connected: asyncio.Future[Pool]
+        """Of the newest attempt that has come to its end; of the first one while there is none."""
 
     async def get(self) -> Pipeline:
-        """The pool, once it is loaded. Raises PoolFailed with the reason."""
-        if self._connecting is None or (self._failure() and time.monotonic() - self._failed_s > RETRY_S):
-            self._connecting = asyncio.create_task(self._connect())
-        return await asyncio.shield(self._connecting)
+        """The pool, once it is loaded. Raises UserError with the reason why the last attempt failed."""
+        return await asyncio.shield(self._connected)
 
     def not_ready_because(self) -> str | None:
-        """Why there is no pool, as a sentence; None when there is one."""
-        if self._connecting is None or not self._connecting.done():
+        """Why no session can be opened, as a sentence; None when one can."""
+        if not self._connected.done():
             return "the weights are being loaded"
-        failure = self._failure()
+        failure = self._connected.exception() or self._connected.result().failed
         return None if failure is None else str(failure)
 
     @asynccontextmanager
@@ -56,24 +53,33 @@ class PoolLink:
         """The lifespan of the routes: connects at its start, gives the lease back at its end."""
         freeze()
         keep_large_buffers_apart()
-        self._connecting = asyncio.create_task(self._connect())
+        self._connected = asyncio.get_running_loop().create_future()
+        connecting = asyncio.create_task(self._connect())
         yield
-        if self._connecting.done() and not self._failure():
-            await self._connecting.result().close()
-        self._connecting.cancel()
+        connecting.cancel()
+        if self._connected.done() and not self._connected.exception():
+            await self._connected.result().close()
 
-    def _failure(self) -> BaseException | None:
-        return self._connecting.exception() if self._connecting and self._connecting.done() else None
-
-    async def _connect(self) -> Pool:
-        try:
-            pool = await Pool.connect(self._settings)
-        except UserError as error:
-            self._failed_s = time.monotonic()
-            logger.error("no pool, and so no sessions: %s", error)
-            raise
+    async def _connect(self) -> None:
+        """Until it succeeds: nobody may ask for a replica that is not ready, so it does not wait to be asked."""
+        while True:
+            try:
+                pool = await Pool.connect(self._settings)
+                break
+            except Exception as error:
+                logger.error("no pool, and so no sessions: %s", error, exc_info=not isinstance(error, UserError))
+                failed = self._settle()
+                failed.set_exception(error)
+                failed.exception()  # Read once, so that it is not logged again as one that nobody has seen.
+                await asyncio.sleep(RETRY_S)
+        self._settle().set_result(pool)
         logger.info("ready: open %s", page_address())
-        return pool
+
+    def _settle(self) -> asyncio.Future[Pool]:
+        """The future to put a result into: the one that is being waited for, or a new one behind a failure."""
+        if self._connected.done():
+            self._connected = asyncio.get_running_loop().create_future()
+        return self._connected
 
 
 @serve.ingress()
@@ -95,6 +101,7 @@ INGRESS = serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0.1}, 
 
 def app(settings: Settings) -> serve.Application:
     """Builds the application; Serve passes what was given on the command line or in the YAML."""
+    settings = settings.with_absolute_weights()
     num_requests = settings.max_sessions + OTHER_REQUESTS
     return INGRESS.options(num_replicas=settings.num_replicas, max_ongoing_requests=num_requests).bind(settings)
 
@@ -102,7 +109,7 @@ def app(settings: Settings) -> serve.Application:
 def pool_settings(settings: Settings) -> PoolSettings:
     """The part of the settings that decides which pool is shared."""
     return PoolSettings(
-        weights=settings.weights_path,
+        weights=settings.weights,
         num_threads=settings.num_threads,
         max_batch=settings.max_batch,
         lease_s=settings.lease_s,

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serving import flow, pacing
-from serving.flow import Progress, ReceivedFrame
-from serving.intake import Chunk
+from serving.flow import Progress, Stamp
 from serving.protocol import Mode, ProtocolError
 from stages import chunks
 from stages.config import WindowConfig
@@ -40,7 +39,7 @@ class Output:
     """A picture that waits for its turn to be sent."""
 
     rgb: Pixels
-    source: ReceivedFrame | None
+    source: Stamp | None
     """The driving frame it belongs to; None: transition."""
     no_face: bool
     stage_ms: Mapping[str, float]
@@ -55,7 +54,7 @@ class Delivery:
         self.pace = pacing.Pace()
         self._window, self._mode, self._max_in_flight = window, mode, max_in_flight
         self._progress = Progress()
-        self._sources: deque[tuple[Chunk, Sequence[bool]]] = deque()
+        self._sources: deque[tuple[Sequence[Stamp], Sequence[bool]]] = deque()
         self._num_planned = 0
         self._num_shown = 0
         self._unshown: deque[int] = deque()
@@ -80,11 +79,14 @@ class Delivery:
         """One more chunk has entered."""
         self._progress = replace(self._progress, accepted=self._progress.accepted + 1)
 
-    def decoded(self, chunk: Chunk, result: Decoded, now_s: float) -> list[Output]:
-        """The call that `chunk` entered with has come back: the pictures to send for it, none for padding."""
+    def decoded(self, stamps: Sequence[Stamp], result: Decoded, now_s: float) -> list[Output]:
+        """The call that these driving frames entered with has come back: the pictures to send, none for padding.
+
+        `stamps` has fewer than `chunk_frames` where padding filled the call.
+        """
         number = self._progress.decoded
         self._progress = replace(self._progress, decoded=number + 1)
-        self._sources.append((chunk, result.no_face))
+        self._sources.append((stamps, result.no_face))
         outputs = self._outputs(number, result, self._due_s(now_s))
         self._num_planned += len(outputs)
         self._unshown.append(self._num_planned)
@@ -125,6 +127,6 @@ class Delivery:
         if chunks.source_chunk(number, self._window.num_levels) is None:
             pairs = zip(result.frames, due_s, strict=True)
             return [Output(rgb, None, False, result.stage_ms, due) for rgb, due in pairs]
-        source, no_face = self._sources.popleft()
-        real = zip(source.frames[: source.num_real], result.frames, no_face, due_s, strict=False)
-        return [Output(rgb, frame, missing, result.stage_ms, due) for frame, rgb, missing, due in real]
+        stamps, no_face = self._sources.popleft()
+        real = zip(stamps, result.frames, no_face, due_s, strict=False)
+        return [Output(rgb, stamp, missing, result.stage_ms, due) for stamp, rgb, missing, due in real]

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.messages import Pixels
-
 MAX_UNSHOWN_CHUNKS = 2
 """Decoded chunks that the client may leave unshown before its input is slowed."""
 RING_CHUNKS = 3
@@ -22,16 +20,24 @@ MAX_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
-class ReceivedFrame:
-    """A driving frame as it lies in the ring."""
+class Stamp:
+    """Which driving frame, and when."""
 
-    rgb: Pixels
-    """(size_px, size_px, 3)."""
     seq: int
     capture_ms: float
     """The client's clock."""
     received_s: float
     """Ours."""
+
+
+@dataclass(frozen=True)
+class ReceivedFrame:
+    """A driving frame as it lies in the ring: still encoded, since most of a fast camera's frames are never used."""
+
+    stamp: Stamp
+    payload: memoryview
+    width: int
+    height: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def keep_recent(frames: Sequence[ReceivedFrame], now_s: float, period_s: float |
     `period_s`: time from chunk to chunk; None: not known yet.
     """
     oldest_s = now_s - MAX_AGE_PERIODS * period_s if period_s is not None else float("-inf")
-    fresh = [frame for frame in frames if frame.received_s >= oldest_s]
+    fresh = [frame for frame in frames if frame.stamp.received_s >= oldest_s]
     kept = fresh[-RING_CHUNKS * chunk_frames :]
     return Ring(kept, len(frames) - len(fresh), len(fresh) - len(kept))
 

@@ -249,7 +249,7 @@ def _validate(adapter: TypeAdapter[Any], header: bytes) -> Any:
     # The version comes first: another version's hello may have keys that this one does not know.
     if fields.get("type") == "hello" and fields.get("protocol") != PROTOCOL:
         raise ProtocolError(
-            f"protocol {str(fields.get('protocol'))[:20]} is not spoken here: send protocol {PROTOCOL}", "bad_version"
+            f"protocol {repr(fields.get('protocol'))[:20]} is not spoken here: send protocol {PROTOCOL}", "bad_version"
         )
     try:
         return adapter.validate_json(header)

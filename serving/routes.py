@@ -3,6 +3,7 @@
 Called by `serving.application` in every replica, and by tests without Ray.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def _add_health(api: FastAPI, backend: Backend) -> None:
 
 def _add_stream(api: FastAPI, backend: Backend, settings: Settings) -> None:
     sockets: set[WebSocket] = set()
+    portrait_turn = asyncio.Lock()
     releaser = Releaser()
 
     @api.websocket("/v1/stream")
@@ -91,7 +93,7 @@ def _add_stream(api: FastAPI, backend: Backend, settings: Settings) -> None:
             return
         sockets.add(socket)
         try:
-            await serve_session(socket, backend.connect, settings)
+            await serve_session(socket, backend.connect, settings, portrait_turn)
         finally:
             sockets.discard(socket)
             releaser.soon()

@@ -2,7 +2,8 @@
 
 Four tasks: the reader never waits for the pipeline; the feeder lets chunks in when there is credit; the collector takes
 results in order; the sender paces them. Their state and choices are in `serving.intake` and `serving.delivery`; here is
-the I/O. The pipeline is known only as the protocols below: no Ray, no torch.
+the I/O. Pictures are decoded and encoded in threads, since all sessions of a replica share its event loop. The pipeline
+is known only as the protocols below: no Ray, no torch.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from serving import protocol
 from serving.codec import encode
 from serving.connection import Connection
 from serving.delivery import Decoded, Delivery, Output
-from serving.intake import Chunk, Intake
+from serving.flow import Stamp
+from serving.intake import Intake, decode_frames
 from serving.protocol import ProtocolError
 from serving.settings import Settings
 from serving.tasks import all_of, first_to_end
@@ -54,14 +55,17 @@ class Pipeline(Protocol):
     async def open(self, portrait: Pixels, seed: int) -> Stream: ...
 
 
-async def serve_session(socket: WebSocket, connect: Callable[[], Awaitable[Pipeline]], settings: Settings) -> None:
+async def serve_session(
+    socket: WebSocket, connect: Callable[[], Awaitable[Pipeline]], settings: Settings, portrait_turn: asyncio.Lock
+) -> None:
     """Talks with one client until it leaves, ends or is refused. Whatever a client does, this does not raise.
 
-    `connect` gives the pipeline, and may take as long as weights take to load.
+    `connect` gives the pipeline, and may take as long as weights take to load. `portrait_turn` is the replica's:
+    portraits may have 40 megapixels, so they are decoded one at a time.
     """
     connection = Connection(socket, settings)
     last: protocol.ServerMessage | None = None
-    session = Session(connection, connect, settings)
+    session = Session(connection, connect, settings, portrait_turn)
     try:
         last = await session.run()
     except (WebSocketDisconnect, ConnectionError):
@@ -78,16 +82,23 @@ async def serve_session(socket: WebSocket, connect: Callable[[], Awaitable[Pipel
 class Session:
     """The four tasks of one stream, and what they share. One event loop, so no locks."""
 
-    def __init__(self, connection: Connection, connect: Callable[[], Awaitable[Pipeline]], settings: Settings):
+    def __init__(
+        self,
+        connection: Connection,
+        connect: Callable[[], Awaitable[Pipeline]],
+        settings: Settings,
+        portrait_turn: asyncio.Lock,
+    ):
         self.id = "-"
         self._connection, self._connect, self._settings = connection, connect, settings
+        self._portrait_turn = portrait_turn
         self._hello = protocol.Hello(protocol=protocol.PROTOCOL)
         self._intake: Intake | None = None
         self._delivery: Delivery | None = None
         self._num_refused = 0
         self._granted = 0
         self._changed = asyncio.Event()
-        self._calls: asyncio.Queue[tuple[Chunk, asyncio.Task[Decoded]] | None] = asyncio.Queue()
+        self._calls: asyncio.Queue[tuple[list[Stamp], asyncio.Task[Decoded]] | None] = asyncio.Queue()
         self._outputs: asyncio.Queue[Output | None] = asyncio.Queue()
 
     async def run(self) -> protocol.Ended:
@@ -153,14 +164,17 @@ class Session:
     async def _work(self, portrait: memoryview) -> None:
         """Opens the stream, says ready, and runs it to its end."""
         pipeline = await self._pipeline()
-        picture = await asyncio.to_thread(_load_portrait, self._hello, bytes(portrait), pipeline.config.size_px)
+        async with self._portrait_turn:
+            picture = await asyncio.to_thread(_load_portrait, self._hello, bytes(portrait), pipeline.config.size_px)
         stream = await pipeline.open(picture, self._hello.seed)
         try:
             intake = Intake(self._hello, pipeline.config)
             delivery = Delivery(pipeline.config.window, self._hello.mode, self._settings.max_chunks_in_flight)
             self._intake, self._delivery = intake, delivery
             await self._say_ready(stream.id, pipeline.config, delivery.credit)
-            await all_of(self._feed(stream, intake, delivery), self._collect(delivery), self._send_outputs(delivery))
+            size_px = pipeline.config.size_px
+            feeding = self._feed(stream, intake, delivery, size_px)
+            await all_of(feeding, self._collect(delivery), self._send_outputs(delivery))
         finally:
             await stream.close()
 
@@ -191,18 +205,18 @@ class Session:
         )
         await self._connection.send(ready)
 
-    async def _feed(self, stream: Stream, intake: Intake, delivery: Delivery) -> None:
+    async def _feed(self, stream: Stream, intake: Intake, delivery: Delivery, size_px: int) -> None:
         """Lets chunks into the pipeline as long as there is credit, and after the client's end the tail."""
         calls: list[asyncio.Task[Decoded]] = []
         try:
             while not intake.is_used_up:
                 self._changed.clear()
-                chunk = intake.next_chunk() if delivery.may_accept else None
+                chunk = await self._next_chunk(intake, delivery, size_px) if delivery.may_accept else None
                 if chunk is not None:
+                    stamps, frames = chunk
                     delivery.accept()
-                    frames = np.stack([frame.rgb for frame in chunk.frames])
                     calls = [*(call for call in calls if not call.done()), asyncio.create_task(stream.run(frames))]
-                    self._calls.put_nowait((chunk, calls[-1]))
+                    self._calls.put_nowait((stamps, calls[-1]))
                 elif not intake.is_used_up:
                     await self._changed.wait()
             self._calls.put_nowait(None)
@@ -212,11 +226,24 @@ class Session:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
 
+    async def _next_chunk(self, intake: Intake, delivery: Delivery, size_px: int) -> tuple[list[Stamp], Pixels] | None:
+        """The next chunk of whole frames, decoded; the client is told of the damaged ones."""
+        while (frames := intake.take_out(time.monotonic(), delivery.pace.period_s)) is not None:
+            decoded = await asyncio.to_thread(decode_frames, frames, self._hello.codec, size_px)
+            pictures = [picture for picture in decoded if not isinstance(picture, ProtocolError)]
+            if len(pictures) == len(frames):
+                return intake.use(pictures)
+            intake.give_back([isinstance(picture, ProtocolError) for picture in decoded])
+            for damage in decoded:
+                if isinstance(damage, ProtocolError):
+                    await self._refuse(damage)
+        return None
+
     async def _collect(self, delivery: Delivery) -> None:
         """Takes results in the order of their calls and hands their pictures to the sender."""
         while (entry := await self._calls.get()) is not None:
-            chunk, call = entry
-            for output in delivery.decoded(chunk, await call, time.monotonic()):
+            stamps, call = entry
+            for output in delivery.decoded(stamps, await call, time.monotonic()):
                 self._outputs.put_nowait(output)
             self._changed.set()
             await self._grant()
@@ -226,7 +253,7 @@ class Session:
         """Sends every picture when it is due."""
         while (output := await self._outputs.get()) is not None:
             await asyncio.sleep(output.due_s - time.monotonic())
-            payload = encode(output.rgb, self._hello.codec, self._hello.quality)
+            payload = await asyncio.to_thread(encode, output.rgb, self._hello.codec, self._hello.quality)
             message = self._described(output, delivery.num_sent)
             delivery.sent(time.monotonic())
             await self._connection.send(message, payload)

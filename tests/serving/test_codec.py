@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.codec import MAX_FRAME_PIXELS, decode, encode
+from serving.codec import MAX_FRAME_PIXELS, decode, encode, frame_size
 from serving.protocol import ProtocolError
 
 FRAME = np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -53,3 +53,11 @@ def test_what_is_not_a_whole_frame_of_a_sensible_size_is_refused(data, codec, si
 def test_the_largest_frame_is_taken():
     side = int(MAX_FRAME_PIXELS**0.5)
     assert decode(encode(np.zeros((side, side, 3), np.uint8), "png"), "png").shape == (side, side, 3)
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "png", "webp", "raw"])
+def test_the_size_is_known_before_a_pixel_is_decoded(codec):
+    data = encode(FRAME, codec)
+    assert frame_size(data, codec, 64, 48) == (64, 48)
+    if codec in ("jpeg", "png"):
+        assert frame_size(data[: len(data) * 2 // 3], codec) == (64, 48)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from serving.delivery import Delivery
-from serving.flow import ReceivedFrame
-from serving.intake import Chunk
+from serving.flow import Stamp
 from serving.protocol import ProtocolError
 from stages.config import WindowConfig
 
@@ -13,8 +12,7 @@ WINDOW = WindowConfig(chunk_frames=2, timesteps=(0, 1, 2))
 
 
 def chunk(number, num_real=2):
-    frames = [ReceivedFrame(np.zeros((1, 1, 3), np.uint8), 2 * number + k, 0.0, 0.0) for k in range(2)]
-    return Chunk(frames, num_real)
+    return [Stamp(2 * number + k, 0.0, 0.0) for k in range(num_real)]
 
 
 def result(number, no_face=(False, False)):

@@ -6,17 +6,21 @@ from serving.flow import (
     MAX_UNSHOWN_CHUNKS,
     Progress,
     ReceivedFrame,
+    Stamp,
     keep_recent,
     mean_interval_s,
     num_allowed_chunks,
     spread_evenly,
 )
 
-PIXELS = np.zeros((2, 2, 3), np.uint8)
-
 
 def frames(*received_s):
-    return [ReceivedFrame(PIXELS, seq, time * 1000, time) for seq, time in enumerate(received_s)]
+    payload = memoryview(b"")
+    return [ReceivedFrame(Stamp(seq, time * 1000, time), payload, 64, 48) for seq, time in enumerate(received_s)]
+
+
+def seqs(ring):
+    return [frame.stamp.seq for frame in ring.frames]
 
 
 def test_chunks_between_acceptance_and_decode_are_bounded():
@@ -40,13 +44,13 @@ def test_credit_is_never_taken_back():
 
 def test_the_ring_holds_three_chunks_of_the_newest_frames():
     ring = keep_recent(frames(*range(20)), now_s=19, period_s=None, chunk_frames=3)
-    assert [frame.seq for frame in ring.frames] == list(range(11, 20))
+    assert seqs(ring) == list(range(11, 20))
     assert (ring.num_stale, ring.num_surplus) == (0, 11)
 
 
 def test_frames_older_than_two_periods_are_stale():
     ring = keep_recent(frames(0.0, 0.5, 0.9, 1.0), now_s=1.0, period_s=0.2, chunk_frames=3)
-    assert [frame.seq for frame in ring.frames] == [2, 3]
+    assert seqs(ring) == [2, 3]
     assert (ring.num_stale, ring.num_surplus) == (2, 0)
 
 

@@ -1,9 +1,12 @@
 """The life of a session over a real socket, with a pipeline that echoes."""
 
 import asyncio
+import contextlib
 import json
 import re
 import struct
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,12 @@ from websockets.exceptions import ConnectionClosed
 
 from serving import protocol
 from serving.client import Client, ServerError, now_ms
-from serving.codec import encode
+from serving.codec import decode, encode
 from serving.protocol import MAX_MESSAGE_BYTES, MAX_NUM_REFUSED, parse_server
 from serving.settings import Settings
 from stages.chunks import flush_indices
 from stages.errors import UserError
+from stages.portraits import load_portrait
 
 FRAME = encode(np.full((32, 32, 3), 90, np.uint8), "jpeg")
 
@@ -270,6 +274,81 @@ async def test_a_lossless_session_ends_with_the_first_wrong_frame(echo_server, p
         assert (await last_error(socket)).code == "bad_frame"
 
 
+async def test_frames_that_turn_out_damaged_are_told_and_the_others_shown(echo_server, portrait):
+    server = await echo_server()
+    noise = encode(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), "jpeg")
+    async with connect(server.url) as socket:
+        await socket.send(hello(portrait))
+        await next_message(socket, "ready")
+        for seq in range(3):
+            await socket.send(frame(seq, noise[:-300] if seq == 1 else noise))
+        error = await next_message(socket, "error")
+        assert (error.code, error.fatal) == ("bad_frame", False)
+        await socket.send(frame(3, noise))
+        await socket.send(message("end"))
+        seqs = [(await next_message(socket, "frame")).seq for _ in range(12)]
+        assert seqs == [None] * 9 + [0, 2, 3]
+        ended = await next_message(socket, "end")
+        assert (ended.frames_used, ended.dropped) == (3, {"bad_frame": 1})
+
+
+async def test_a_lossless_session_ends_with_the_first_damaged_frame(echo_server, portrait):
+    server = await echo_server()
+    noise = encode(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), "jpeg")
+    async with connect(server.url) as socket:
+        await socket.send(hello(portrait, mode="lossless"))
+        await next_message(socket, "ready")
+        for seq in range(3):
+            await socket.send(frame(seq, noise[:-300] if seq == 1 else noise))
+        assert (await last_error(socket)).code == "bad_frame"
+    await server.until_closed()
+
+
+async def test_pictures_are_decoded_and_encoded_beside_the_event_loop_and_only_those_that_are_used(
+    echo_server, portrait, monkeypatch
+):
+    threads = {"decode": [], "encode": []}
+
+    def recording(name, function):
+        def call(*args):
+            threads[name].append(threading.current_thread())
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr("serving.intake.decode", recording("decode", decode))
+    monkeypatch.setattr("serving.session.encode", recording("encode", encode))
+    server = await echo_server(chunk_s=0.06)
+    async with Client(server.url, portrait=portrait) as client:
+        for number in range(60):
+            await client.send(picture(number))
+            await asyncio.sleep(0.002)
+        await client.end()
+        async for _ in client:
+            pass
+    ended = client.ended
+    assert len(threads["decode"]) == ended.frames_used < 40 and len(threads["encode"]) == ended.frames_sent
+    assert threading.main_thread() not in threads["decode"] + threads["encode"]
+
+
+async def test_portraits_are_decoded_one_at_a_time(echo_server, portrait, monkeypatch):
+    busy, most = [], []
+
+    def slow_load(*args):
+        busy.append(1)
+        most.append(len(busy))
+        time.sleep(0.03)
+        busy.pop()
+        return load_portrait(*args)
+
+    monkeypatch.setattr("serving.session.portraits.load_portrait", slow_load)
+    server = await echo_server()
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [Client(server.url, portrait=portrait) for _ in range(5)]
+        await asyncio.gather(*(stack.enter_async_context(client) for client in clients))
+    assert most == [1] * 5
+
+
 async def test_a_lossless_client_that_sends_without_credit_is_ended(echo_server, portrait):
     server = await echo_server()
     async with connect(server.url) as socket:
@@ -414,6 +493,7 @@ def test_every_code_that_serving_can_raise_is_documented():
     root = Path(__file__).parents[2]
     table = (root / "docs" / "protocol.md").read_text()
     codes = set(protocol.ENDING_CODES)
+    codes |= set(re.findall(r'    code = "([a-z_]+)"', (root / "cluster" / "errors.py").read_text()))
     for path in (root / "serving").glob("*.py"):
         codes |= set(re.findall(r'(?:ProtocolError\([^()]*|Error\()"([a-z]+_?[a-z_]+)"\)?', path.read_text()))
     assert len(codes) > 12

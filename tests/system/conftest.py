@@ -1,6 +1,7 @@
 """A whole server for a test module: `serve run` in a process of its own, on a free port, with a Ray of its own."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -39,8 +40,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(**settings):
-    """Starts `serving:app` with these settings; yields when its weights are loaded."""
+def running_server(ready=True, **settings):
+    """Starts `serving:app` with these settings; yields when its weights are loaded, or else have failed to load."""
     # Short, since Ray puts unix sockets below it, whose paths may have 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pl-", dir="/tmp"))
     port = free_port()
@@ -60,7 +61,7 @@ def running_server(**settings):
         )
     try:
         server = Server(port, process.pid, folder / "log")
-        wait_until_ready(server, process)
+        wait_until(server, process, ready)
         yield server
     finally:
         stop(process)
@@ -73,12 +74,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_until_ready(server, process):
+def readiness(server):
+    """What `/readyz` says: the status, and the reason where it is not ready."""
+    try:
+        return urllib.request.urlopen(server.page + "readyz", timeout=5).status, None
+    except urllib.error.HTTPError as error:
+        # Before there is a replica, Serve's proxy answers 404.
+        return error.code, json.loads(error.read())["reason"] if error.code == 503 else None
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return 0, None
+
+
+def wait_until(server, process, ready):
     deadline_s = time.monotonic() + READY_S
     while time.monotonic() < deadline_s and process.poll() is None:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            if urllib.request.urlopen(server.page + "readyz", timeout=5).status == 200:
-                return
+        status, reason = readiness(server)
+        if status == 200 if ready else reason not in (None, "the weights are being loaded"):
+            return
         time.sleep(0.5)
     raise AssertionError(f"the server did not get ready; its log ends:\n{server.log.read_text()[-3000:]}")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -16,6 +17,9 @@ from serving import abuse
 from serving.client import Client, ServerError
 from stages.portraits import BUNDLED_CLIP
 from stages.video import VideoWriter, read_video
+from stages.weights import TINY
+
+from .conftest import readiness, running_server
 
 pytestmark = pytest.mark.system
 
@@ -136,6 +140,22 @@ async def test_silent_clients_are_ended_and_give_their_places_back(server):
                     pass
             assert ended.value.code == "idle"
     assert len(await stream(server, "ada", 4)) == 4
+
+
+async def test_weights_that_fail_to_load_are_named_and_tried_again_without_being_asked(tmp_path):
+    missing = shutil.copytree(TINY, tmp_path / "weights") / "vae.safetensors"
+    missing.rename(tmp_path / "vae.safetensors")
+    with running_server(ready=False, weights=str(tmp_path / "weights")) as server:
+        status, reason = readiness(server)
+        assert status == 503 and "vae.safetensors is missing" in reason
+        with pytest.raises(ServerError, match=r"vae\.safetensors is missing") as refused:
+            await Client(server.stream, portrait="ada").__aenter__()
+        assert refused.value.code == "pool_failed"
+        (tmp_path / "vae.safetensors").rename(missing)
+        async with asyncio.timeout(120):
+            while readiness(server) != (200, None):
+                await asyncio.sleep(1)
+        assert len(await stream(server, "ada", 4)) == 4
 
 
 def test_a_media_file_goes_through_when_there_is_one(server, tmp_path, media_dir):
