@@ -164,10 +164,12 @@ class Session:
         _check_frames(frames, self._pool.config)
         if self._failure:
             raise self._failure
-        decoded = self._submit(frames)
+        decoded = asyncio.wrap_future(self._submit(frames).future())
+        # Where nobody waits any more for a chunk, its error has been seen all the same, and Ray need not log it.
+        decoded.add_done_callback(lambda future: future.cancelled() or future.exception())
         async with self._in_order:
             try:
-                return await decoded
+                return await asyncio.shield(decoded)
             except RayError as error:
                 raise self._fail(to_user_error(error)) from None
 

@@ -223,6 +223,21 @@ async def test_a_closed_session_fails_what_is_in_flight_and_leaves_nothing_on_it
         assert await member.sessions.remote() == []
 
 
+async def test_chunks_that_nobody_waits_for_leave_no_error_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with connected(SLEEPING) as pool:
+        session = await pool.open(PORTRAIT, 0)
+        calls = [asyncio.create_task(session.run(DRIVING)) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await session.close()
+        del call, calls
+        # Ray reports an error that nobody has seen some seconds later.
+        await asyncio.sleep(7.0)
+    assert "Unhandled error" not in caplog.text
+
+
 async def test_openings_that_nobody_waits_for_leave_nothing_on_the_member() -> None:
     settings = replace(SLEEPING, artificial_ms=(*SLEEPING.artificial_ms, ("reference", 150.0)))
     async with connected(settings) as pool:
