@@ -49,15 +49,19 @@ def a_frame(seq: int, side: int = 64, payload: bytes | None = None) -> str | byt
     return protocol.pack(protocol.DrivingFrame(seq, float(seq)), jpeg)
 
 
-def a_hello(portrait: bytes | None = None, mode: protocol.Mode = "live") -> str | bytes:
+def a_hello(
+    portrait: bytes | None = None, mode: protocol.Mode = "live", codec: protocol.CodecName = "jpeg"
+) -> str | bytes:
     """A hello, with a bundled portrait unless another is given."""
     data = read_bundled_portrait(next(iter(bundled_portraits()))) if portrait is None else portrait
-    return protocol.pack(protocol.Hello(protocol.PROTOCOL, mode=mode), data)
+    return protocol.pack(protocol.Hello(protocol.PROTOCOL, mode=mode, codec=codec), data)
 
 
-async def open_session(socket: ClientConnection, mode: protocol.Mode = "live") -> None:
+async def open_session(
+    socket: ClientConnection, mode: protocol.Mode = "live", codec: protocol.CodecName = "jpeg"
+) -> None:
     """Says hello and waits for ready."""
-    await socket.send(a_hello(mode=mode))
+    await socket.send(a_hello(mode=mode, codec=codec))
     while not isinstance(protocol.parse_server(await socket.recv())[0], protocol.Ready):
         pass
 
@@ -106,7 +110,7 @@ async def stop_reading(socket: ClientConnection) -> None:
 
 async def send_huge_pictures(socket: ClientConnection) -> None:
     """The largest pictures that are taken, in a few kilobytes each, as fast as they are no flood; then leaves."""
-    await socket.send(protocol.pack(protocol.Hello(protocol.PROTOCOL, portrait="ada", codec="webp")))
+    await open_session(socket, codec="webp")
     payload = encode(np.full((2048, 2048, 3), 128, np.uint8), "webp", 10)
     for seq in range(200):
         await socket.send(protocol.pack(protocol.DrivingFrame(seq, float(seq)), payload))
