@@ -84,7 +84,7 @@ class Member:
     async def open_session(
         self, key: SessionKey, lease: str, portrait: PortraitFeatures, motion: MotionState, seed: int
     ) -> None:
-        """Makes the session's window; it lives here until closed, evicted or lost. Raises PoolFull."""
+        """Makes the session's window; it lives here until closed or lost. Raises PoolFull."""
         state, _ = await self._run("denoise", "open", portrait, motion.portrait_tokens, seed)
         (await self._loaded_engine()).open(key, lease, state)
 

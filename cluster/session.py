@@ -33,6 +33,9 @@ MANAGER_S = 60.0
 REOPEN_S = 60.0
 """How long opening a session is tried again when members die meanwhile; a member's restart loads its weights."""
 RETRY_S = 0.2
+MAX_OPENINGS = 8
+"""Of one replica at a time, those counted that nobody waits for any more: clients that leave at once must not queue up
+work before the others'."""
 
 
 class Pool:
@@ -48,6 +51,7 @@ class Pool:
         """Why no session can be opened at present; None while all is well. Looked up with every renewal."""
         self._manager: Any = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._openings = asyncio.Semaphore(MAX_OPENINGS)
         self._renewing = self._start(self._renew())
 
     @classmethod
@@ -72,7 +76,9 @@ class Pool:
         """
         _check_portrait(portrait, self.config)
         session = uuid.uuid4().hex
+        await self._openings.acquire()
         seating = self._start(self._seat(session, ray.put(portrait), seed))
+        seating.add_done_callback(lambda _: self._openings.release())
         try:
             return await asyncio.shield(seating)
         except BaseException:

@@ -12,6 +12,8 @@ MAX_UNSHOWN_CHUNKS = 2
 """Decoded chunks that the client may leave unshown before its input is slowed."""
 RING_CHUNKS = 3
 """The ring of recent frames holds so many chunks: 12 frames where a chunk has four."""
+RING_BYTES = 8 * 2**20
+"""The ring holds no more than one chunk of frames that are too large for this."""
 MAX_AGE_PERIODS = 2
 SMOOTHING = 0.2
 """Weight of the newest value in the running means."""
@@ -70,11 +72,15 @@ class Ring:
 def keep_recent(frames: Sequence[ReceivedFrame], now_s: float, period_s: float | None, chunk_frames: int) -> Ring:
     """What stays of the frames when the newest has come: `RING_CHUNKS` chunks of them, none older than two periods.
 
-    `period_s`: time from chunk to chunk; None: not known yet.
+    Fewer where they have more than `RING_BYTES`, but never less than a chunk. `period_s`: time from chunk to chunk;
+    None: not known yet.
     """
     oldest_s = now_s - MAX_AGE_PERIODS * period_s if period_s is not None else float("-inf")
     fresh = [frame for frame in frames if frame.stamp.received_s >= oldest_s]
     kept = fresh[-RING_CHUNKS * chunk_frames :]
+    num_bytes = sum(len(frame.payload) for frame in kept)
+    while num_bytes > RING_BYTES and len(kept) > chunk_frames:
+        num_bytes -= len(kept.pop(0).payload)
     return Ring(kept, len(frames) - len(fresh), len(fresh) - len(kept))
 
 

@@ -29,7 +29,8 @@ def decode_frames(frames: Sequence[ReceivedFrame], codec: CodecName, size_px: in
 
 def _decode_frame(frame: ReceivedFrame, codec: CodecName, size_px: int) -> Pixels | ProtocolError:
     try:
-        return square_resize(decode(frame.payload, codec, frame.width, frame.height), size_px)
+        # A copy, since the square may be a view into a much larger picture or message.
+        return np.array(square_resize(decode(frame.payload, codec, frame.width, frame.height), size_px))
     except ProtocolError as error:
         return error
 

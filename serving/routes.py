@@ -3,8 +3,8 @@
 Called by `serving.application` in every replica, and by tests without Ray.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def _add_health(api: FastAPI, backend: Backend) -> None:
 
 def _add_stream(api: FastAPI, backend: Backend, settings: Settings) -> None:
     sockets: set[WebSocket] = set()
-    portrait_turn = asyncio.Lock()
+    portrait_thread = ThreadPoolExecutor(1, thread_name_prefix="portrait")
     releaser = Releaser()
 
     @api.websocket("/v1/stream")
@@ -93,7 +93,7 @@ def _add_stream(api: FastAPI, backend: Backend, settings: Settings) -> None:
             return
         sockets.add(socket)
         try:
-            await serve_session(socket, backend.connect, settings, portrait_turn)
+            await serve_session(socket, backend.connect, settings, portrait_thread)
         finally:
             sockets.discard(socket)
             releaser.soon()

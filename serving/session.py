@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
 from typing import Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -32,6 +33,7 @@ from stages.messages import Pixels
 
 logger = logging.getLogger("ray.serve")
 
+PONG_INTERVAL_S = 0.1
 NOTICE_S = 1.0
 """Who waits longer than this for the model is told why."""
 
@@ -56,16 +58,16 @@ class Pipeline(Protocol):
 
 
 async def serve_session(
-    socket: WebSocket, connect: Callable[[], Awaitable[Pipeline]], settings: Settings, portrait_turn: asyncio.Lock
+    socket: WebSocket, connect: Callable[[], Awaitable[Pipeline]], settings: Settings, portrait_thread: Executor
 ) -> None:
     """Talks with one client until it leaves, ends or is refused. Whatever a client does, this does not raise.
 
-    `connect` gives the pipeline, and may take as long as weights take to load. `portrait_turn` is the replica's:
-    portraits may have 40 megapixels, so they are decoded one at a time.
+    `connect` gives the pipeline, and may take as long as weights take to load. `portrait_thread` is the replica's
+    one thread for portraits: they may have 40 megapixels, so they are decoded one at a time, and not among frames.
     """
     connection = Connection(socket, settings)
     last: protocol.ServerMessage | None = None
-    session = Session(connection, connect, settings, portrait_turn)
+    session = Session(connection, connect, settings, portrait_thread)
     try:
         last = await session.run()
     except (WebSocketDisconnect, ConnectionError):
@@ -87,15 +89,17 @@ class Session:
         connection: Connection,
         connect: Callable[[], Awaitable[Pipeline]],
         settings: Settings,
-        portrait_turn: asyncio.Lock,
+        portrait_thread: Executor,
     ):
         self.id = "-"
         self._connection, self._connect, self._settings = connection, connect, settings
-        self._portrait_turn = portrait_turn
+        self._portrait_thread = portrait_thread
         self._hello = protocol.Hello(protocol=protocol.PROTOCOL)
+        self._portrait_file = b""
         self._intake: Intake | None = None
         self._delivery: Delivery | None = None
         self._num_refused = 0
+        self._next_pong_s = float("-inf")
         self._granted = 0
         self._changed = asyncio.Event()
         self._calls: asyncio.Queue[tuple[list[Stamp], asyncio.Task[Decoded]] | None] = asyncio.Queue()
@@ -103,11 +107,12 @@ class Session:
 
     async def run(self) -> protocol.Ended:
         """Returns the statistics when the client has said bye, or when everything has been sent after its end."""
-        message, portrait = protocol.parse_client(await self._connection.receive(self._settings.hello_timeout_s))
+        message, payload = protocol.parse_client(await self._connection.receive(self._settings.hello_timeout_s))
         if not isinstance(message, protocol.Hello):
             raise ProtocolError(f"{message.type!r} came before hello: say hello first", "not_hello")
-        self._hello = message
-        await first_to_end(self._read(), self._work(portrait))
+        self._hello, self._portrait_file = message, bytes(payload)
+        del message, payload
+        await first_to_end(self._read(), self._work())
         return self._statistics()
 
     async def _read(self) -> None:
@@ -139,7 +144,7 @@ class Session:
 
     async def _take(self, message: protocol.ClientMessage, payload: memoryview) -> None:
         if isinstance(message, protocol.Ping):
-            await self._connection.send(protocol.Pong(message.client_ms, time.time() * 1000))
+            await self._answer(message)
             return
         if self._intake is None or self._delivery is None or isinstance(message, protocol.Hello):
             raise ProtocolError(f"{message.type!r} has its place once, and after ready the others", "unexpected")
@@ -153,6 +158,12 @@ class Session:
                 self._intake.end()
         self._changed.set()
 
+    async def _answer(self, ping: protocol.Ping) -> None:
+        """Not every one of a flood: answers that a client does not read would pile up before it."""
+        if time.monotonic() >= self._next_pong_s:
+            self._next_pong_s = time.monotonic() + PONG_INTERVAL_S
+            await self._connection.send(protocol.Pong(ping.client_ms, time.time() * 1000))
+
     async def _refuse(self, error: ProtocolError) -> None:
         """Tells the client; ends the session where the protocol says so."""
         self._num_refused += 1
@@ -161,12 +172,10 @@ class Session:
             raise error
         await self._connection.send(protocol.Error(error.code, str(error), fatal=False))
 
-    async def _work(self, portrait: memoryview) -> None:
+    async def _work(self) -> None:
         """Opens the stream, says ready, and runs it to its end."""
         pipeline = await self._pipeline()
-        async with self._portrait_turn:
-            picture = await asyncio.to_thread(_load_portrait, self._hello, bytes(portrait), pipeline.config.size_px)
-        stream = await pipeline.open(picture, self._hello.seed)
+        stream = await pipeline.open(await self._portrait(pipeline.config.size_px), self._hello.seed)
         try:
             intake = Intake(self._hello, pipeline.config)
             delivery = Delivery(pipeline.config.window, self._hello.mode, self._settings.max_chunks_in_flight)
@@ -177,6 +186,11 @@ class Session:
             await all_of(feeding, self._collect(delivery), self._send_outputs(delivery))
         finally:
             await stream.close()
+
+    async def _portrait(self, size_px: int) -> Pixels:
+        data, self._portrait_file = self._portrait_file, b""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._portrait_thread, _load_portrait, self._hello, data, size_px)
 
     async def _pipeline(self) -> Pipeline:
         connecting = asyncio.ensure_future(self._connect())

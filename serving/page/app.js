@@ -187,6 +187,7 @@ async function startSource(number) {
     const wishes = { ...which, width: { ideal: 640 }, height: { ideal: 480 }, frameRate: { ideal: 30 } };
     const camera = await navigator.mediaDevices.getUserMedia({ video: wishes, audio: false });
     if (number !== wanted) return stopTracks(camera); // stopped before the permission came
+    camera.getVideoTracks()[0].onended = () => video.srcObject === camera && loseCamera();
     video.srcObject = camera;
     await listSources();
   }
@@ -306,20 +307,25 @@ async function start() {
   tell("connecting", "Connecting …");
   try {
     await portraitsListed;
+    if (number !== wanted) return;
+    if (!portrait) return giveUp("There are no portraits to choose from: reload the page.");
     if (video.paused || !video.currentSrc && !video.srcObject) await startSource(number);
   } catch (error) {
     if (number === wanted) giveUp(`The source cannot be opened: ${error.message}`);
     return;
   }
-  if (number !== wanted) return;
-  if (portrait) session = new Session();
-  else giveUp("Choose a portrait first.");
+  if (number === wanted) session = new Session();
 }
 
 function stop() {
   session?.stop();
   rest();
   tell("idle", "Stopped.");
+}
+
+function loseCamera() {
+  session?.stop();
+  giveUp("The camera has gone: choose a source and press Start.");
 }
 
 function giveUp(message) {

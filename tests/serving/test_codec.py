@@ -1,10 +1,13 @@
+import contextlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from serving.codec import MAX_FRAME_PIXELS, decode, encode, frame_size
+from serving.codec import MAX_FRAME_PIXELS, MAX_PARTS, decode, encode, frame_size
 from serving.protocol import ProtocolError
 
 FRAME = np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -61,3 +64,63 @@ def test_the_size_is_known_before_a_pixel_is_decoded(codec):
     assert frame_size(data, codec, 64, 48) == (64, 48)
     if codec in ("jpeg", "png"):
         assert frame_size(data[: len(data) * 2 // 3], codec) == (64, 48)
+
+
+def chunk(kind, data=b""):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+PNG = encode(FRAME, "png")
+JPEG = encode(FRAME, "jpeg")
+
+
+@pytest.mark.parametrize(
+    ("data", "codec"),
+    [
+        (JPEG[:2] + b"\xff" * 2**20 + JPEG[2:], "jpeg"),
+        (JPEG[:2] + b"\xff\xfe\0\2" * 2**18 + JPEG[2:], "jpeg"),
+        (PNG[:33] + chunk(b"tEXt") * MAX_PARTS + PNG[33:], "png"),
+        (PNG[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20))) * 70 + PNG[33:], "png"),
+        (PNG[:-12] + chunk(b"tEXt") * MAX_PARTS + PNG[-12:], "png"),
+    ],
+    ids=["fill", "comments", "chunks", "packed texts", "chunks behind"],
+)
+def test_a_header_that_costs_much_to_read_is_refused_without_reading_it(data, codec):
+    # What the decoder's own way through these bytes would cost is a thousand times the steps of ours.
+    with pytest.raises(ProtocolError) as refused:
+        frame_size(data, codec)
+    assert refused.value.code == "bad_frame"
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("size", [(16, 16), (17, 300), (1000, 33)])
+def test_every_kind_of_webp_tells_its_size(lossless, mode, size):
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 50).convert(mode).save(buffer, "WEBP", lossless=lossless, exact=True)
+    assert frame_size(buffer.getvalue(), "webp") == size
+    assert decode(buffer.getvalue(), "webp").shape == (size[1], size[0], 3)
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"icc_profile": bytes(200_000)}, {"exif": bytes(9000)}])
+def test_other_jpegs_of_cameras_are_taken(options):
+    buffer = io.BytesIO()
+    Image.fromarray(FRAME).save(buffer, "JPEG", **options)
+    assert decode(buffer.getvalue(), "jpeg").shape == FRAME.shape
+
+
+def test_damage_behind_the_pixels_is_a_bad_frame_too():
+    with pytest.raises(ProtocolError) as refused:
+        decode(PNG[:-12] + chunk(b"iCCP") + PNG[-12:], "png")
+    assert refused.value.code == "bad_frame"
+
+
+def test_mutated_pictures_raise_nothing_but_protocol_errors():
+    rng = np.random.default_rng(7)
+    for codec in ("jpeg", "png", "webp"):
+        whole = np.frombuffer(encode(FRAME, codec), np.uint8)
+        for _ in range(300):
+            data = whole[: rng.integers(1, len(whole) + 1)].copy()
+            data[rng.integers(0, min(len(data), 200), 3)] = rng.integers(0, 256, 3)
+            with contextlib.suppress(ProtocolError):
+                decode(data.tobytes(), codec)

@@ -4,6 +4,7 @@ import pytest
 from serving.flow import (
     MAX_INTERVAL_S,
     MAX_UNSHOWN_CHUNKS,
+    RING_BYTES,
     Progress,
     ReceivedFrame,
     Stamp,
@@ -14,8 +15,8 @@ from serving.flow import (
 )
 
 
-def frames(*received_s):
-    payload = memoryview(b"")
+def frames(*received_s, num_bytes=1):
+    payload = memoryview(bytes(num_bytes))
     return [ReceivedFrame(Stamp(seq, time * 1000, time), payload, 64, 48) for seq, time in enumerate(received_s)]
 
 
@@ -46,6 +47,13 @@ def test_the_ring_holds_three_chunks_of_the_newest_frames():
     ring = keep_recent(frames(*range(20)), now_s=19, period_s=None, chunk_frames=3)
     assert seqs(ring) == list(range(11, 20))
     assert (ring.num_stale, ring.num_surplus) == (0, 11)
+
+
+def test_the_ring_holds_fewer_of_very_large_frames_but_always_a_chunk():
+    ring = keep_recent(frames(*range(9), num_bytes=RING_BYTES // 5), now_s=9, period_s=None, chunk_frames=3)
+    assert (seqs(ring), ring.num_surplus) == ([4, 5, 6, 7, 8], 4)
+    ring = keep_recent(frames(*range(9), num_bytes=RING_BYTES), now_s=9, period_s=None, chunk_frames=3)
+    assert (seqs(ring), ring.num_surplus) == ([6, 7, 8], 6)
 
 
 def test_frames_older_than_two_periods_are_stale():

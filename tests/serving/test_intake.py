@@ -174,6 +174,13 @@ def test_pictures_are_decoded_as_they_come_or_told_what_is_wrong():
     assert bad.code == "bad_frame" and "not a whole jpeg picture" in str(bad)
 
 
+def test_a_picture_keeps_no_larger_one_in_memory():
+    camera = Camera(codec="raw")
+    camera.intake.take(DrivingFrame(0, 0.0, 64, 2000), memoryview(bytes(64 * 2000 * 3)), 0.0, 1, None)
+    (picture,) = decode_frames(camera.intake._pending, "raw", 64)
+    assert picture.base is None and picture.shape == (64, 64, 3)
+
+
 def test_every_received_frame_is_used_or_dropped_for_a_reason():
     camera = Camera()
     for k in range(40):

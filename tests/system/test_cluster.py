@@ -253,6 +253,18 @@ async def test_openings_that_nobody_waits_for_leave_nothing_on_the_member() -> N
         assert await manager.__ray_call__.remote(lambda self: set(self.seats)) == {session.id}
 
 
+async def test_clients_that_leave_at_once_do_not_queue_up_work_before_others() -> None:
+    settings = replace(SLEEPING, artificial_ms=(*SLEEPING.artificial_ms, ("reference", 150.0)))
+    async with connected(settings) as pool:
+        await pool.open(PORTRAIT, 0)
+        leaving = [asyncio.wait_for(pool.open(PORTRAIT, 0), 0.05) for _ in range(40)]
+        assert all(isinstance(error, TimeoutError) for error in await asyncio.gather(*leaving, return_exceptions=True))
+        started_s = time.monotonic()
+        await pool.open(PORTRAIT, 0)
+        # All forty of them would take six seconds, the eight that may open at once 1.2.
+        assert time.monotonic() - started_s < 3.5
+
+
 async def test_a_session_whose_lease_has_lapsed_while_it_opened_is_closed() -> None:
     async with connected(SLEEPING) as pool:
         session = await pool.open(PORTRAIT, 0)

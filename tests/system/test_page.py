@@ -114,8 +114,12 @@ def test_start_may_be_pressed_before_the_portraits_have_come(open_page):
     page.wait_for_function("document.body.classList.contains('live')")
 
 
-def test_a_double_click_on_start_leaves_nothing_running(open_page):
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_a_double_click_on_start_leaves_nothing_running(open_page, is_listed):
     page = open_page()
+    if not is_listed:
+        page.route("**/v1/portraits", lambda route: (time.sleep(1), route.continue_()))
+        page.reload(wait_until="commit")
     sockets = []
     page.on("websocket", lambda socket: sockets.append(socket))
     page.dblclick("#start")
@@ -123,6 +127,7 @@ def test_a_double_click_on_start_leaves_nothing_running(open_page):
     expect(page.locator("#start")).to_have_text("Start")
     expect(page.locator("#status")).to_have_text("Stopped.")
     assert all(socket.is_closed() for socket in sockets)
+    assert page.evaluate("document.getElementById('driving').paused")
     page.click("#start")
     page.wait_for_function("document.body.classList.contains('live')")
 
