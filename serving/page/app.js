@@ -189,7 +189,7 @@ async function startSource(number) {
     if (number !== wanted) return stopTracks(camera); // stopped before the permission came
     camera.getVideoTracks()[0].onended = () => video.srcObject === camera && loseCamera();
     video.srcObject = camera;
-    await listSources();
+    listSources(); // now with names, for the list alone
   }
   await video.play();
 }
@@ -206,14 +206,14 @@ function stopTracks(camera) {
 }
 
 async function listSources() {
-  const select = byId("source");
-  const chosen = select.value;
   const devices = (await navigator.mediaDevices?.enumerateDevices().catch(() => [])) ?? [];
   const cameras = devices.filter((device) => device.kind === "videoinput" && device.deviceId);
   const options = [new Option("Bundled clip", "clip")];
   // Before the first permission browsers name no cameras: one entry then stands for whichever there is.
   if (cameras.length) options.push(...cameras.map((camera, n) => new Option(camera.label || `Camera ${n + 1}`, camera.deviceId)));
   else options.push(new Option("Camera", "camera"));
+  const select = byId("source");
+  const chosen = select.value;
   select.replaceChildren(...options);
   select.value = options.some((option) => option.value === chosen) ? chosen : options[chosen === "camera" ? 1 : 0].value;
 }
@@ -311,7 +311,7 @@ async function start() {
     if (!portrait) return giveUp("There are no portraits to choose from: reload the page.");
     if (video.paused || !video.currentSrc && !video.srcObject) await startSource(number);
   } catch (error) {
-    if (number === wanted) giveUp(`The source cannot be opened: ${error.message}`);
+    if (number === wanted) giveUp(`The source cannot be opened: ${error.message || error.name}`);
     return;
   }
   if (number === wanted) session = new Session();

@@ -23,6 +23,7 @@ PIXELS = "document.getElementById('output').toDataURL()"
 
 @pytest.fixture(scope="module")
 def playwright():
+    expect.set_options(timeout=LIVE_MS)
     with sync_playwright() as running:
         yield running
 
@@ -104,6 +105,16 @@ def test_another_portrait_takes_over_while_the_stream_runs(open_page):
     page.wait_for_function("!document.body.classList.contains('live')")
     page.wait_for_function("document.body.classList.contains('live')")
     assert page.get_attribute("#portrait", "src").endswith("ben.png")
+
+
+@pytest.mark.parametrize("source", ["clip", "camera"])
+def test_start_may_be_pressed_before_the_cameras_are_known(open_page, source):
+    page = open_page(BUNDLED_CLIP)
+    page.add_init_script("navigator.mediaDevices.enumerateDevices = () => new Promise(() => {});")
+    page.reload()
+    page.select_option("#source", source)
+    page.click("#start")
+    page.wait_for_function("document.body.classList.contains('live')")
 
 
 def test_start_may_be_pressed_before_the_portraits_have_come(open_page):
