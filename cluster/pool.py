@@ -95,7 +95,11 @@ class PoolManager:
         self._drop(lease)
 
     async def open(self, session: str, lease: str) -> Route:
-        """Seats a session on the least loaded members, once these answer. A seated one gets a new seat and epoch."""
+        """Seats a session on the least loaded members, once these answer. A seated one gets a new seat and epoch.
+
+        Whoever opens has a lease, even where this manager is younger than its last renewal.
+        """
+        await self.renew(lease)
         await self._settle()
         previous = self.seats.pop(session, None)
         members = {stage: self._least_loaded(stage) for stage in STAGES}
