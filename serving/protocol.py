@@ -56,6 +56,8 @@ class Hello:
     codec: CodecName = "jpeg"
     quality: Annotated[int, Field(ge=1, le=100)] = 90
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    resume: Name | None = None
+    """`token` of an earlier live session: its picture goes on where it can, otherwise a new session begins."""
     type: Literal["hello"] = "hello"
 
 
@@ -75,6 +77,8 @@ class Shown:
     """Client: how many output frames it has shown since `ready`, the transition's included."""
 
     count: Count
+    shown_ms: Milliseconds | None = None
+    """When the last of them was shown, on the clock of `capture_ms`."""
     type: Literal["shown"] = "shown"
 
 
@@ -83,6 +87,8 @@ class Ping:
     """Client: are you there? Also keeps a session without frames from being idle."""
 
     client_ms: Milliseconds
+    rtt_ms: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = None
+    """How long the last pong took, there and back: lets the server tell the clocks' offset from the way."""
     type: Literal["ping"] = "ping"
 
 
@@ -118,6 +124,10 @@ class Ready:
     max_message_bytes: Count
     max_bytes_per_s: Count
     idle_timeout_s: Annotated[float, Field(gt=0, le=1e6)]
+    token: Name | None = None
+    """For `resume` in the hello of another connection; null in lossless sessions. A secret: it is the session."""
+    resumed: bool = False
+    """Whether this is the earlier session that the hello named."""
     protocol: int = PROTOCOL
     type: Literal["ready"] = "ready"
 
@@ -172,12 +182,35 @@ class Notice:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Queued:
+    """Server: all places are taken; wait, `ready` will come. Said again when the position changes."""
+
+    position: Count
+    """1: the next place that becomes free."""
+    estimate_s: Annotated[float, Field(ge=0, le=1e9)]
+    """How long it may take, by how long people have stayed lately."""
+    type: Literal["queued"] = "queued"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Recovered:
+    """Server: after the notice `recovering`, the picture goes on."""
+
+    parts_ms: Times
+    """What the interruption was made of, as the server saw it: `restart` (a new process), `imports`, `weights`,
+    `restore` (the session's state into it), `first_frame` (the next decoded chunk). Zero what a stand-in had ready."""
+    type: Literal["recovered"] = "recovered"
+
+
+@dataclass(frozen=True, config=STRICT)
 class Error:
     """Server: something went wrong. After a fatal one the socket closes."""
 
     code: Name
     message: Text
     fatal: bool
+    retry_s: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """When it may be worth another try."""
     type: Literal["error"] = "error"
 
 
@@ -194,7 +227,7 @@ class Ended:
 
 
 ClientMessage = Hello | DrivingFrame | Shown | Ping | End | Bye
-ServerMessage = Ready | Credit | OutputFrame | Pong | Notice | Error | Ended
+ServerMessage = Ready | Credit | OutputFrame | Pong | Notice | Queued | Recovered | Error | Ended
 _CLIENT: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Field(discriminator="type")])
 _SERVER: TypeAdapter[ServerMessage] = TypeAdapter(Annotated[ServerMessage, Field(discriminator="type")])
 _ANY: TypeAdapter[Any] = TypeAdapter(Any)

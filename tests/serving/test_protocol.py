@@ -13,8 +13,11 @@ from serving.protocol import (
     Error,
     Hello,
     OutputFrame,
+    Ping,
     ProtocolError,
+    Queued,
     Ready,
+    Recovered,
     Shown,
     pack,
     parse_client,
@@ -38,7 +41,10 @@ def code_of(data) -> str:
     [
         Hello(1, "ada", "lossless", "raw", 80, 7),
         DrivingFrame(3, 12.5, 64, 48),
+        Hello(1, "ada", resume="token"),
         Shown(4),
+        Shown(4, 12.5),
+        Ping(1.0, 2.5),
         End(),
     ],
 )
@@ -53,7 +59,10 @@ def test_what_a_client_packs_the_server_reads(message):
     [
         Ready("id", 64, 3, 4, 9, 30.0, 6, 4, 5, 30.0),
         OutputFrame(0, None, None, False, None, {"motion": 1.5}, {"stale": 2}, 64, 64),
+        Queued(2, 12.5),
+        Recovered({"restart": 1.5}),
         Error("idle", "sentence", True),
+        Error("busy", "sentence", True, retry_s=5.0),
         Ended(3, 2, 1, {"stale": 1}),
     ],
 )
@@ -62,7 +71,7 @@ def test_what_the_server_packs_a_client_reads(message):
 
 
 def test_a_message_without_payload_is_text_and_text_is_a_header_alone():
-    assert json.loads(pack(Shown(2))) == {"count": 2, "type": "shown"}
+    assert json.loads(pack(Shown(2))) == {"count": 2, "shown_ms": None, "type": "shown"}
     assert parse_client('{"type": "shown", "count": 2}')[0] == Shown(2)
 
 
