@@ -7,7 +7,7 @@ that the caller keeps, and a call may hold those of several sessions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,15 @@ from torch import Tensor
 
 from stages.config import ModelConfig
 from stages.keypoints import draw
-from stages.messages import CleanChunk, Floats, Keyframe, MotionChunk, PortraitFeatures, ReferenceFeatures
+from stages.messages import (
+    CleanChunk,
+    Floats,
+    Keyframe,
+    MotionChunk,
+    PortraitFeatures,
+    ReferenceFeatures,
+    WindowSnapshot,
+)
 from stages.networks.pose_guider import PoseGuider
 from stages.networks.unet import DenoisingUNet, Memory, attention_names, project_memory
 from stages.window import Motion, WindowState, WindowStep, add_keyframe, open_window, run_windows
@@ -54,7 +62,8 @@ class DenoiseStage:
 
         A Keyframe must be encoded and given to `add_keyframe` before that session's next call.
         """
-        return [self._answer(result) for result in self.steps(states, chunks)]
+        steps = self.steps(states, chunks)
+        return [self._answer(*parts) for parts in zip(states, chunks, steps, strict=True)]
 
     @torch.inference_mode()
     def steps(
@@ -64,7 +73,7 @@ class DenoiseStage:
         noise: Sequence[Tensor | None] | None = None,
     ) -> list[WindowStep]:
         """`run` with its tensors still on the device; `noise` replaces each session's own."""
-        motions = [Motion(self._tensor(chunk.tokens), self._pose(chunk)) for chunk in chunks]
+        motions = [Motion(self._tensor(chunk.tokens), self._pose(chunk.keypoints)) for chunk in chunks]
         return run_windows(self.denoising_unet, self.config.window, states, motions, noise)
 
     @torch.inference_mode()
@@ -72,16 +81,54 @@ class DenoiseStage:
         """The window with a keyframe's features behind its memory."""
         return add_keyframe(state, self._memory(features, state.image_token))
 
-    def _answer(self, result: WindowStep) -> tuple[WindowState, CleanChunk, Keyframe | None]:
+    @torch.inference_mode()
+    def snapshot(self, state: WindowState) -> WindowSnapshot:
+        """What `restore` needs of a window, as arrays of its own."""
+        arrays = [tensor.float().cpu().numpy() for tensor in (state.latents, state.tokens, state.bank)]
+        latents, tokens, bank = arrays
+        keypoints = np.empty((0, 0, 3), np.float32) if state.keypoints is None else state.keypoints
+        return WindowSnapshot(state.seed, state.num_calls, latents, tokens, keypoints, bank, state.keyframes)
+
+    @torch.inference_mode()
+    def restore(
+        self, portrait: PortraitFeatures, keyframes: Sequence[ReferenceFeatures], snapshot: WindowSnapshot
+    ) -> WindowState:
+        """The window of a snapshot. `keyframes`: the features of `snapshot.keyframes`, in their order."""
+        token = self._tensor(portrait.token)
+        num_frames = self.config.window.chunk_frames
+        parts = np.split(snapshot.keypoints, range(num_frames, len(snapshot.keypoints), num_frames))
+        state = WindowState(
+            seed=snapshot.seed,
+            num_calls=snapshot.num_calls,
+            latents=self._tensor(snapshot.latents),
+            tokens=self._tensor(snapshot.tokens),
+            pose=torch.cat([self._pose(part) for part in parts]) if snapshot.num_calls else token.new_empty(0),
+            portrait=self._tensor(portrait.latent),
+            image_token=token,
+            memory=self._memory(portrait.features, token),
+            bank=self._tensor(snapshot.bank),
+            num_keyframes=len(snapshot.keyframes),
+            keypoints=snapshot.keypoints if snapshot.num_calls else None,
+            keyframes=snapshot.keyframes,
+        )
+        for features in keyframes:
+            state = add_keyframe(state, self._memory(features, token))
+        return state
+
+    def _answer(
+        self, before: WindowState, chunk: MotionChunk, result: WindowStep
+    ) -> tuple[WindowState, CleanChunk, Keyframe | None]:
+        keypoints = chunk.keypoints if before.keypoints is None else np.concatenate([before.keypoints, chunk.keypoints])
+        state = replace(result.state, keypoints=keypoints[self.config.window.chunk_frames :])
         clean = CleanChunk(result.clean.float().cpu().numpy())
         if result.keyframe is None:
-            return result.state, clean, None
-        token = result.state.image_token
-        return result.state, clean, Keyframe(result.keyframe.float().cpu().numpy(), token.float().cpu().numpy())
+            return state, clean, None
+        keyframe = Keyframe(result.keyframe.float().cpu().numpy(), state.image_token.float().cpu().numpy())
+        return replace(state, keyframes=(*state.keyframes, keyframe)), clean, keyframe
 
-    def _pose(self, chunk: MotionChunk) -> Tensor:
+    def _pose(self, keypoints: Floats) -> Tensor:
         """(f, c0, h, w) pose features; keypoints travel rather than these, which are a thousand times larger."""
-        canvases = draw(torch.from_numpy(chunk.keypoints), self.config.size_px, self.config.keypoints)
+        canvases = draw(torch.from_numpy(keypoints), self.config.size_px, self.config.keypoints)
         return self.pose_guider(self._to_device(canvases))
 
     def _memory(self, features: ReferenceFeatures, token: Tensor) -> Memory:

@@ -94,3 +94,24 @@ class Keyframe:
     """(c, h, w)."""
     token: Floats
     """(cross_attention_dim,) the portrait's token."""
+
+
+@dataclass(frozen=True)
+class WindowSnapshot:
+    """What cannot be computed again of a session's window: enough, with the portrait, to go on anywhere.
+
+    n = frames inside; tokens and keypoints are empty before the first call.
+    """
+
+    seed: int
+    num_calls: int
+    latents: Floats
+    """(n, c, h, w), partly denoised, oldest first."""
+    tokens: Floats
+    """(n, T, D)."""
+    keypoints: Floats
+    """(n, K, 3): the pose features follow from them."""
+    bank: Floats
+    """(m, T · D) the motion bank."""
+    keyframes: tuple[Keyframe, ...]
+    """In the order in which they extended the memory."""

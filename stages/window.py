@@ -23,6 +23,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from stages.config import WindowConfig
+from stages.messages import Floats, Keyframe
 from stages.networks.unet import DenoisingUNet, Memory, extend_memory
 from stages.schedule import add_noise, frame_fractions, frame_timesteps, signal_fractions, step
 
@@ -51,6 +52,9 @@ class WindowState:
     bank: Tensor
     """(m, T · D) motions that are far from one another; the first is the portrait's."""
     num_keyframes: int = 0
+    keypoints: Floats | None = None
+    """(n, K, 3) that `pose` was made of, and `keyframes` that `memory` was: kept by the stage, for its snapshots."""
+    keyframes: tuple[Keyframe, ...] = ()
 
 
 @dataclass(frozen=True)

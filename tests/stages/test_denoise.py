@@ -166,3 +166,28 @@ def test_the_stage_keeps_nothing_of_a_session(stages, session, draw_picture, dra
     stages.denoise.run([other.state], other.chunks)
     again = stages.denoise.run([session.state], session.chunks[:1])[0][1]
     assert np.array_equal(first.latents, again.latents)
+
+
+@pytest.mark.parametrize("num_calls", [0, 1, 2, 4])
+def test_a_restored_window_goes_on_as_if_nothing_had_happened(keyframe_stages, draw_picture, draw_chunks, num_calls):
+    stages = keyframe_stages
+    session = start(stages, draw_picture, draw_chunks, 3, num_chunks=6)
+
+    def go_on(state, chunks):
+        latents = []
+        for chunk in chunks:
+            [(state, clean, keyframe)] = stages.denoise.run([state], [chunk])
+            latents.append(clean.latents)
+            if keyframe is not None:
+                state = stages.denoise.add_keyframe(state, stages.reference.keyframe(keyframe))
+        return state, latents
+
+    state, _ = go_on(session.state, session.chunks[:num_calls])
+    snapshot = stages.denoise.snapshot(state)
+    assert len(snapshot.keyframes) == min(max(num_calls - 1, 0), 2)
+    features = [stages.reference.keyframe(keyframe) for keyframe in snapshot.keyframes]
+    restored = stages.denoise.restore(stages.reference.open(draw_picture(3)), features, snapshot)
+    assert memory_lengths(restored) == memory_lengths(state)
+    rest = session.chunks[num_calls:]
+    for ours, theirs in zip(go_on(restored, rest)[1], go_on(state, rest)[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
