@@ -21,6 +21,7 @@ from stages.messages import (
     PortraitFeatures,
     Pose,
     ReferenceFeatures,
+    WindowSnapshot,
 )
 
 CONFIG = ModelConfig(name="artificial", size_px=256)
@@ -32,6 +33,7 @@ class ArtificialWindow:
 
     num_calls: int = 0
     num_keyframes: int = 0
+    keyframes: tuple[Keyframe, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,31 @@ class ArtificialDenoise:
         _sleep(self.ms)
         clean = CleanChunk(_zeros(CONFIG.window.chunk_frames, *CONFIG.latent_shape))
         keyframe = Keyframe(clean.latents[0], _zeros(CONFIG.unet.cross_attention_dim))
-        return [
-            (
-                replace(state, num_calls=state.num_calls + 1),
-                clean,
-                keyframe if state.num_calls == CONFIG.window.first_keyframe_call else None,
-            )
-            for state in states
-        ]
+        return [self._answer(state, clean, keyframe) for state in states]
 
     def add_keyframe(self, state: ArtificialWindow, features: ReferenceFeatures) -> ArtificialWindow:
         return replace(state, num_keyframes=state.num_keyframes + 1)
+
+    def snapshot(self, state: ArtificialWindow) -> WindowSnapshot:
+        """As large as a real one."""
+        window = CONFIG.window
+        latents = _zeros(window.num_transition_frames, *CONFIG.latent_shape)
+        tokens = _zeros(window.num_transition_frames, CONFIG.motion_encoder.num_tokens, CONFIG.motion_encoder.token_dim)
+        keypoints = _zeros(window.num_transition_frames, CONFIG.keypoints.num_keypoints, 3)
+        return WindowSnapshot(0, state.num_calls, latents, tokens, keypoints, _zeros(1, 1), state.keyframes)
+
+    def restore(
+        self, portrait: PortraitFeatures, keyframes: Sequence[ReferenceFeatures], snapshot: WindowSnapshot
+    ) -> ArtificialWindow:
+        return ArtificialWindow(snapshot.num_calls, len(keyframes), snapshot.keyframes)
+
+    def _answer(
+        self, state: ArtificialWindow, clean: CleanChunk, keyframe: Keyframe
+    ) -> tuple[ArtificialWindow, CleanChunk, Keyframe | None]:
+        after = replace(state, num_calls=state.num_calls + 1)
+        if state.num_calls != CONFIG.window.first_keyframe_call:
+            return after, clean, None
+        return replace(after, keyframes=(*state.keyframes, keyframe)), clean, keyframe
 
 
 @dataclass(frozen=True)

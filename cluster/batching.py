@@ -23,7 +23,7 @@ class Pending:
     session: SessionKey
     number: int
     due_s: float
-    """The earliest goes first: time of arrival, or a deadline, on one clock."""
+    """The earliest goes first: when its result should be there, on the wall clock."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,15 @@ def check_number(number: int, progress: Progress, pending: Collection[int]) -> N
 def next_batch(
     pending: Iterable[Pending], progress: Mapping[SessionKey, Progress], max_batch: int
 ) -> tuple[Pending, ...]:
-    """The chunks of the next call: at most one per session and `max_batch` in all, the earliest first."""
+    """The chunks of the next call: at most one per session and `bucket` in all, the earliest deadline first.
+
+    Fair, since deadlines pass: who was left out of a call is early in the next one.
+    """
     ready = [chunk for chunk in pending if progress[chunk.session].takes(chunk.number)]
-    return tuple(sorted(ready, key=lambda chunk: (chunk.due_s, chunk.session))[:max_batch])
+    return tuple(sorted(ready, key=lambda chunk: (chunk.due_s, chunk.session))[: bucket(len(ready), max_batch)])
+
+
+def bucket(num_ready: int, max_batch: int) -> int:
+    """How many go into the next call: 1, 2, 4, …, so that there are few sizes to compile. 0 where nothing is ready."""
+    num = min(num_ready, max_batch)
+    return 1 << num.bit_length() - 1 if num else 0

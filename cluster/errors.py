@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stages.errors import UserError
 
 
@@ -17,10 +19,31 @@ class PoolFull(UserError):
     code = "pool_full"
 
 
+class PoolBusy(UserError):
+    """All places are taken, and the queue for them is full. Another try is worth it after `retry_s`."""
+
+    code = "busy"
+
+    def __init__(self, message: str, code: str | None = None, retry_s: float = 0.0):
+        super().__init__(message, code)
+        self.retry_s = retry_s
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.code, self.retry_s)
+
+
 class MemberLost(UserError):
     """A member that worked for this session has died, and with it what it knew of the session."""
 
     code = "member_lost"
+    actor_id: str | None = None
+    """Of the dead member, in hexadecimal digits, where that is known. Stays in the process that found out."""
+
+
+class SessionMoved(UserError):
+    """The session goes on somewhere else: its client has come back with its token on another connection."""
+
+    code = "session_moved"
 
 
 class StaleChunk(UserError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from stages.messages import Pixels
+from stages.messages import MotionState, Pixels, WindowSnapshot
 
 M = TypeVar("M")
 SessionKey = tuple[str, int]
 """(session id, epoch): the epoch counts the lives that a session had on denoise members."""
+CallMs = Mapping[str, Mapping[int, float]]
+"""By stage and number of sessions in it: how long one call takes."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,64 @@ class DecodedChunk:
 
 
 @dataclass(frozen=True)
+class SessionSnapshot:
+    """All that a session needs, besides its portrait, to go on with chunk number `window.num_calls` on any members."""
+
+    window: WindowSnapshot
+    motion: MotionState
+
+
+@dataclass(frozen=True)
+class Life:
+    """One process of a member, and what its start has cost."""
+
+    id: str
+    pid: int
+    node: str
+    created_s: float
+    """On the wall clock: when the process was there."""
+    imports_ms: float = 0.0
+    weights_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class SessionRecord:
+    """A session as its denoise member knows it: for a manager that has lost its table."""
+
+    session: str
+    epoch: int
+    lease: str
+
+
+@dataclass(frozen=True)
+class MemberReport:
+    """What a member tells its manager every second."""
+
+    life: Life
+    rss_mb: float
+    busy_s: Mapping[str, float]
+    """By stage: all the time at work since its start."""
+    call_ms: CallMs
+    stuck_s: float
+    """How long the longest running call has been running by now."""
+    sessions: tuple[SessionRecord, ...]
+
+
+@dataclass(frozen=True)
+class SeatRequest:
+    """What a replica asks the manager for."""
+
+    session: str
+    lease: str
+    since_s: float = 0.0
+    """A newcomer's arrival on the wall clock: its place in the line."""
+    epoch: int | None = None
+    """Of the life that the asking replica knows; None: a newcomer, or one that comes back with its token."""
+    lost: str | None = None
+    """Id of the member's actor that was found dead."""
+
+
+@dataclass(frozen=True)
 class Route:
     """The members that work for one session, as Ray actor handles."""
 
@@ -44,12 +105,18 @@ class Route:
     denoise: Any
     decode: Any
     epoch: int
+    names: Mapping[str, str] = field(default_factory=dict)
+    """By stage."""
+    lives: Mapping[str, Life] = field(default_factory=dict)
+    """By stage, as last heard of."""
+    previous: Any = None
+    """The denoise member on which the session lived before, if it was not lost."""
 
 
 @dataclass(frozen=True)
-class SessionRecord:
-    """What a denoise member tells a manager that has lost its table."""
+class Waiting:
+    """Instead of a Route: all places are taken."""
 
-    session: str
-    epoch: int
-    lease: str
+    position: int
+    """1: the next one."""
+    estimate_s: float

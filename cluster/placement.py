@@ -11,6 +11,8 @@ Why it looks like this (work of one chunk at full size: denoise 69 %, decode 29 
 - With several GPUs each member owns one. The next GPU always goes where most work waits per member: denoise, decode,
   then motion with reference, whose own GPU takes little load but takes it off the path of the others; from then on
   further denoise and decode members in the ratio of their work. With two GPUs motion and reference live with decode.
+- A spare member hosts all stages, loaded and idle, until one of the others dies: one of them stands in for any. It has
+  a small share of a GPU that a member works on: memory for the weights is what it needs.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ CPU_SHARE = 1 / 8
 """Share of a machine's CPUs that one member claims where there is no GPU: three leave five eighths."""
 MAX_CPUS = 1.0
 """No member claims more: its work is on the GPU, or on threads that Ray does not count."""
+SPARE_CPUS = 0.01
+SPARE_GPUS = 0.1
 WORK = {"denoise": 0.69, "decode": 0.29}
 """Share of a chunk's work, for the GPUs after the third."""
 
@@ -46,9 +50,10 @@ class MemberPlan:
     bundle: int
     """Index into the placement group."""
     num_cpus: float
-    num_gpus: int
+    num_gpus: float
     num_threads: int
     """Torch threads; 0: default of the machine it lands on."""
+    is_spare: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,7 @@ class Plan:
     def bundles(self) -> list[dict[str, float]]:
         """As Ray's placement groups want them."""
         return [
-            {"CPU": member.num_cpus} | ({"GPU": float(member.num_gpus)} if member.num_gpus else {})
-            for member in self.members
+            {"CPU": member.num_cpus} | ({"GPU": member.num_gpus} if member.num_gpus else {}) for member in self.members
         ]
 
 
@@ -75,7 +79,24 @@ def plan_pool(nodes: Sequence[Node], settings: PoolSettings) -> Plan:
         raise PoolFailed("device is cuda, but no machine of the cluster offers a GPU; set device=cpu or add one")
     groups = _groups_on_gpus(num_gpus) if num_gpus else _groups_on_cpus()
     num_cpus = _cpus_per_member([node for node in nodes if node.num_gpus or not num_gpus], bool(num_gpus))
-    return Plan(_members(groups, num_cpus, 1 if num_gpus else 0, settings.num_threads))
+    members = _members(groups, num_cpus, 1.0 if num_gpus else 0.0, settings.num_threads)
+    return Plan(_with_spares(members, settings.spare_members, num_gpus))
+
+
+def _with_spares(members: tuple[MemberPlan, ...], num_spares: int, num_gpus: int) -> tuple[MemberPlan, ...]:
+    if not num_spares:
+        return members
+    spare_gpus = SPARE_GPUS if num_gpus else 0.0
+    num_on_one_gpu = -(-num_spares // num_gpus) if num_gpus else 0
+    left = round(1 - SPARE_GPUS * num_on_one_gpu, 3)
+    if num_gpus and left < 0.5:
+        raise PoolFailed(f"{num_spares} spare members are too many for {num_gpus} GPUs: at most 5 share one")
+    workers = [replace(member, num_gpus=left) if num_gpus else member for member in members]
+    spares = [
+        MemberPlan(f"spare-{n}", STAGES, len(members) + n, SPARE_CPUS, spare_gpus, members[0].num_threads, True)
+        for n in range(num_spares)
+    ]
+    return (*workers, *spares)
 
 
 def _groups_on_cpus() -> list[tuple[str, ...]]:
@@ -103,7 +124,7 @@ def _cpus_per_member(nodes: Sequence[Node], on_gpu: bool) -> float:
 
 
 def _members(
-    groups: Sequence[tuple[str, ...]], num_cpus: float, num_gpus: int, num_threads: int
+    groups: Sequence[tuple[str, ...]], num_cpus: float, num_gpus: float, num_threads: int
 ) -> tuple[MemberPlan, ...]:
     members: list[MemberPlan] = []
     for bundle, stages in enumerate(groups):

@@ -1,7 +1,9 @@
 """A connection to the pool, and one person's stream through its members. asyncio; used by every ingress replica.
 
 A chunk visits motion, denoise and decode. Their calls are submitted together, each taking the result of the one before
-by reference: nothing is awaited in between, and no chunk comes back here before it is decoded.
+by reference: nothing is awaited in between, and no chunk comes back here before it is decoded. With it comes a snapshot
+of the session, so that a member's death costs nothing but time: the session opens again from its last snapshot, on the
+members that live, and its chunks in flight are sent once more. The results are those that would have come anyway.
 """
 
 from __future__ import annotations
@@ -10,14 +12,16 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Coroutine
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from cluster.errors import BadChunk, MemberLost, PoolFailed, SessionClosed
-from cluster.messages import DecodedChunk, Route
+from cluster.messages import DecodedChunk, Route, SeatRequest, SessionSnapshot, Waiting
 from cluster.placement import Node, plan_pool
 from cluster.pool import NAMESPACE, PoolManager
 from cluster.settings import PoolSettings, absolute, pool_name
@@ -26,16 +30,47 @@ from stages.config import ModelConfig
 from stages.errors import BadPortrait, UserError
 from stages.messages import Pixels
 
-__all__ = ["DecodedChunk", "Pool", "Session"]
+__all__ = ["DecodedChunk", "Listener", "Pool", "Session"]
 
 MANAGER_S = 60.0
 """How long a manager may fail to answer: Ray needs a few seconds to restart one."""
-REOPEN_S = 60.0
-"""How long opening a session is tried again when members die meanwhile; a member's restart loads its weights."""
+REOPEN_S = 120.0
+"""How long a session looks for members when some have died; a member's restart loads its weights."""
 RETRY_S = 0.2
+RENEW_S = 2.0
+"""How often a replica renews its lease and tells how it is, or four times per `lease_s`."""
+ASK_AGAIN_S = 1.0
+"""How often who waits for a place asks for it."""
 MAX_OPENINGS = 8
 """Of one replica at a time, those counted that nobody waits for any more: clients that leave at once must not queue up
 work before the others'."""
+MAX_PARKED = 64
+"""Sessions of one replica whose clients have vanished and may come back."""
+PARTS = ("restart", "imports", "weights", "restore", "first_frame")
+"""Of an interruption, in their order."""
+MAX_TRIES = 5
+"""A chunk that so many members die of is not tried again."""
+
+
+class Listener(Protocol):
+    """What the owner of a session is told while it waits."""
+
+    async def queued(self, position: int, estimate_s: float) -> None:
+        """All places are taken; `position` counts from 1."""
+
+    async def recovering(self) -> None:
+        """A member has died."""
+
+    async def recovered(self, parts_ms: Mapping[str, float]) -> None:
+        """The first chunk after it is decoded; `parts_ms` as in `interruption_ms`."""
+
+
+class Deaf:
+    """A listener that nobody gave."""
+
+    async def queued(self, position: int, estimate_s: float) -> None: ...
+    async def recovering(self) -> None: ...
+    async def recovered(self, parts_ms: Mapping[str, float]) -> None: ...
 
 
 class Pool:
@@ -52,6 +87,9 @@ class Pool:
         self._manager: Any = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._openings = asyncio.Semaphore(MAX_OPENINGS)
+        self._parked: dict[str, asyncio.TimerHandle] = {}
+        self.describe: Callable[[], Mapping[str, Any]] = dict
+        """What this replica tells the manager of itself, for the status."""
         self._renewing = self._start(self._renew())
 
     @classmethod
@@ -69,58 +107,114 @@ class Pool:
             raise
         return pool
 
-    async def open(self, portrait: Pixels, seed: int) -> Session:
+    async def open(
+        self, portrait: Pixels, seed: int, session: str | None = None, listener: Listener | None = None
+    ) -> Session:
         """A new session for a portrait, uint8 (s, s, 3) with s = config.size_px. `seed` decides all of its noise.
 
-        Raises BadPortrait, PoolFull, PoolFailed.
+        Waits for a place as long as the line allows. Raises BadPortrait, PoolBusy, PoolFull, PoolFailed.
         """
         _check_portrait(portrait, self.config)
-        session = uuid.uuid4().hex
-        await self._openings.acquire()
-        seating = self._start(self._seat(session, ray.put(portrait), seed))
-        seating.add_done_callback(lambda _: self._openings.release())
+        session, listener = session or uuid.uuid4().hex, listener or Deaf()
         try:
-            return await asyncio.shield(seating)
+            route = await self.wait_for_place("open", SeatRequest(session, self.lease, time.time()), listener)
         except BaseException:
-            self._start(self._unseat(session, seating))
+            self._start(self._close(session))
             raise
+        return await self._begin(Session(self, session, ray.put(portrait), seed, listener, route), None)
+
+    async def resume(self, session: str, portrait: Pixels, listener: Listener | None = None) -> Session | None:
+        """The session of that id goes on here, wherever its client was connected before. None: nobody knows it.
+
+        Raises as `open`.
+        """
+        _check_portrait(portrait, self.config)
+        listener = listener or Deaf()
+        self._unpark(session)
+        if not await self._ask("knows", session):
+            return None
+        try:
+            route = await self.wait_for_place("open", SeatRequest(session, self.lease, time.time()), listener)
+            snapshot = await self._release(session, route)
+        except BaseException:
+            self._start(self._close(session))
+            raise
+        if snapshot is None:
+            await self._close(session)
+            return None
+        return await self._begin(Session(self, session, ray.put(portrait), 0, listener, route), snapshot)
+
+    def park(self, session: str, epoch: int, seconds: float) -> None:
+        """Closes a session whose client has vanished, unless it comes back within so many seconds."""
+        while len(self._parked) >= MAX_PARKED:
+            oldest = next(iter(self._parked))
+            self._unpark(oldest)
+            self._start(self._close(oldest, epoch))
+        close = lambda: self._start(self._close_parked(session, epoch))  # noqa: E731
+        self._parked[session] = asyncio.get_running_loop().call_later(seconds, close)
+
+    async def wait_for_place(self, method: str, request: SeatRequest, listener: Listener) -> Any:
+        """Asks the manager until it says something else than to wait; the listener is told how long it takes."""
+        told: Waiting | None = None
+        while isinstance(answer := await self._ask(method, request), Waiting):
+            if told is None or answer.position != told.position:
+                await listener.queued(answer.position, answer.estimate_s)
+                told = answer
+            await asyncio.sleep(ASK_AGAIN_S)
+        return answer
+
+    async def status(self) -> Mapping[str, Any]:
+        """What the manager knows of the whole pool."""
+        await self._ask("renew", self.lease, self.describe())
+        return await self._ask("status")
 
     async def close(self) -> None:
-        """Gives the lease back; sessions that are still open are closed. The pool stays for `lease_s` more."""
+        """Gives the lease back; sessions that are still open may go on elsewhere. The pool stays for `lease_s`."""
         self._renewing.cancel()
         with contextlib.suppress(UserError):
             await self._ask("leave", self.lease, create=False)
 
-    async def _seat(self, session: str, portrait: ray.ObjectRef, seed: int) -> Session:
-        """Opens the session on the members that the manager names; again on others when one dies meanwhile."""
-        deadline_s = time.monotonic() + REOPEN_S
-        while True:
-            route: Route = await self._ask("open", session, self.lease)
-            motion = route.motion.open_motion.remote(portrait)
-            features = route.reference.open_reference.remote(portrait)
-            key = (session, route.epoch)
-            try:
-                await route.denoise.open_session.remote(key, self.lease, features, motion, seed)
-                return Session(self, session, route, motion)
-            except RayError as error:
-                cause = to_user_error(error)
-                if not isinstance(cause, MemberLost) or time.monotonic() > deadline_s:
-                    raise cause from None
+    async def _release(self, session: str, route: Route) -> SessionSnapshot | None:
+        """How far a session was, taken from the member on which it lived; None where that has lost it."""
+        try:
+            return await route.previous.release_session.remote(session) if route.previous else None
+        except RayError:
+            return None
 
-    async def _unseat(self, session: str, seating: asyncio.Task[Session]) -> None:
+    async def _begin(self, session: Session, snapshot: SessionSnapshot | None) -> Session:
+        """Opens a session, one of a few at a time; when nobody waits for it any more, closes it again."""
+        await self._openings.acquire()
+        opening = self._start(session.begin(snapshot))
+        opening.add_done_callback(lambda _: self._openings.release())
+        try:
+            await asyncio.shield(opening)
+        except BaseException:
+            self._start(self._abandon(session, opening))
+            raise
+        return session
+
+    async def _abandon(self, session: Session, opening: asyncio.Task[None]) -> None:
         """Closes a session that nobody waits for, once its opening has ended: before, nothing is there to close."""
-        await asyncio.gather(seating, return_exceptions=True)
-        await self._close(session)
+        await asyncio.gather(opening, return_exceptions=True)
+        await self._close(session.id, session.epoch)
 
-    async def _close(self, session: str) -> None:
+    def _unpark(self, session: str) -> None:
+        if timer := self._parked.pop(session, None):
+            timer.cancel()
+
+    async def _close_parked(self, session: str, epoch: int) -> None:
+        self._unpark(session)
+        await self._close(session, epoch)
+
+    async def _close(self, session: str, last_epoch: int | None = None) -> None:
         with contextlib.suppress(UserError):
-            await self._ask("close", session, create=False)
+            await self._ask("close", session, last_epoch, create=False)
 
     async def _renew(self) -> None:
         while True:
-            await asyncio.sleep(self.settings.lease_s / 4)
+            await asyncio.sleep(min(self.settings.lease_s / 4, RENEW_S))
             try:
-                is_loaded = await self._ask("renew", self.lease)
+                is_loaded = await self._ask("renew", self.lease, self.describe())
                 self.failed = None if is_loaded else PoolFailed("the pool is being loaded again")
             except UserError as error:
                 self.failed = error
@@ -151,53 +245,207 @@ class Pool:
         return task
 
 
+@dataclass
+class Chunk:
+    """A chunk between its call and its result."""
+
+    number: int
+    frames: Pixels
+    due_s: float
+    result: asyncio.Future[Any] | None = None
+    """(DecodedChunk, SessionSnapshot); None while there are no members to ask."""
+    num_tries: int = 0
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """From a member's death to the next result."""
+
+    detected_s: float
+    """On the wall clock, as all here."""
+    route: Route
+    """The members before it."""
+    restored_s: float = 0.0
+
+
 class Session:
     """One person's stream. Made by `Pool.open`; the first error ends it, and every later call raises that error."""
 
-    def __init__(self, pool: Pool, session: str, route: Route, motion: ray.ObjectRef):
+    def __init__(self, pool: Pool, session: str, portrait: ray.ObjectRef, seed: int, listener: Listener, route: Route):
         self.id = session
-        self._pool, self._route, self._motion = pool, route, motion
-        self._num_chunks = 0
+        self.num_recoveries = 0
+        self._pool, self._portrait, self._seed, self._listener = pool, portrait, seed, listener
+        self._route = route
+        self._has_members = False
+        self._motion: ray.ObjectRef
+        self._snapshot: SessionSnapshot | None = None
+        self._pending: deque[Chunk] = deque()
+        self._next_number = 0
+        self._interruption: Interruption | None = None
         self._in_order = asyncio.Lock()
         self._failure: UserError | None = None
 
-    async def run(self, frames: Pixels) -> DecodedChunk:
-        """One chunk of driving frames, uint8 (chunk_frames, s, s, 3). Several calls may be in flight: the order of the
-        calls is that of the chunks, and of the results.
+    @property
+    def epoch(self) -> int:
+        """Of its present life."""
+        return self._route.epoch
 
-        Raises BadChunk (the session goes on), MemberLost when a member died, and whatever a stage raised.
+    @property
+    def is_recovering(self) -> bool:
+        """Whether it is between a member's death and the next result."""
+        return self._interruption is not None
+
+    async def begin(self, snapshot: SessionSnapshot | None) -> None:
+        """Opens the session on its members, from a snapshot where it goes on. Raises as `Pool.open`."""
+        self._snapshot = snapshot
+        self._next_number = snapshot.window.num_calls if snapshot else 0
+        await self._find_members(self._route)
+
+    async def run(self, frames: Pixels, due_s: float | None = None) -> DecodedChunk:
+        """One chunk of driving frames, uint8 (chunk_frames, s, s, 3), due at `due_s` on the wall clock (default now).
+
+        Several calls may be in flight: the order of the calls is that of the chunks, and of the results. A member's
+        death makes them take longer. Raises BadChunk (the session goes on), SessionMoved, and whatever a stage raised.
         """
         _check_frames(frames, self._pool.config)
         if self._failure:
             raise self._failure
-        decoded = asyncio.wrap_future(self._submit(frames).future())
-        # Where nobody waits any more for a chunk, its error has been seen all the same, and Ray need not log it.
-        decoded.add_done_callback(lambda future: future.cancelled() or future.exception())
+        chunk = Chunk(self._next_number, frames, time.time() if due_s is None else due_s)
+        self._next_number += 1
+        self._pending.append(chunk)
+        if self._has_members:
+            self._submit(chunk)
         async with self._in_order:
             try:
-                return await asyncio.shield(decoded)
-            except RayError as error:
-                raise self._fail(to_user_error(error)) from None
+                return await self._result(chunk)
+            except UserError as error:
+                raise self._fail(error) from None
+
+    async def rest(self) -> None:
+        """Gives the place back, while nothing is in flight: `wake` asks for it again."""
+        await self._pool._ask("rest", self.id)
+
+    async def wake(self) -> None:
+        """Waits for a place after `rest`. Raises PoolBusy."""
+        request = SeatRequest(self.id, self._pool.lease, time.time(), self.epoch)
+        await self._pool.wait_for_place("wake", request, self._listener)
+
+    def park(self, seconds: float) -> None:
+        """The client has vanished: closes the session unless it comes back within so many seconds."""
+        self._failure = self._failure or SessionClosed("the session waits for its client")
+        self._pool.park(self.id, self.epoch, seconds)
 
     async def close(self) -> None:
         """Ends the session on its members. Chunks in flight fail with SessionClosed."""
         self._failure = self._failure or SessionClosed("the session was closed")
-        await self._pool._close(self.id)
+        await self._pool._close(self.id, self.epoch)
 
-    def _submit(self, frames: Pixels) -> ray.ObjectRef:
+    async def _result(self, chunk: Chunk) -> DecodedChunk:
+        """Waits for the oldest chunk; when members die of it or before it, sends it again."""
+        while True:
+            if self._failure:
+                raise self._failure
+            assert chunk.result is not None, "sent when it came, or when the members were found"
+            try:
+                decoded, self._snapshot = await asyncio.shield(chunk.result)
+                break
+            except RayError as error:
+                cause = to_user_error(error)
+                chunk.num_tries += 1
+                if not isinstance(cause, MemberLost) or chunk.num_tries > MAX_TRIES or self._failure:
+                    raise self._failure or cause from None
+                await self._recover(cause)
+        # Calls that were cancelled have left theirs behind.
+        while self._pending and self._pending[0].number <= chunk.number:
+            self._pending.popleft()
+        if self._interruption is not None:
+            parts_ms = interruption_ms(self._interruption, self._route, time.time())
+            self._interruption = None
+            await self._listener.recovered(parts_ms)
+        return decoded
+
+    async def _recover(self, lost: MemberLost) -> None:
+        self._has_members = False
+        if self._interruption is None:
+            self._interruption = Interruption(time.time(), self._route)
+            self.num_recoveries += 1
+            await self._listener.recovering()
+        # Not a part of the call that found out: when that is cancelled, what was opened still has to be closed.
+        await asyncio.shield(self._pool._start(self._find_members(None, lost.actor_id)))
+        self._interruption = replace(self._interruption, restored_s=time.time())
+
+    async def _find_members(self, route: Route | None, lost: str | None = None) -> None:
+        """Opens the session on the members of the route, or those that the manager names, until some of them live."""
+        deadline_s = time.monotonic() + REOPEN_S
+        while True:
+            if route is None:
+                route = await self._pool._ask("open", SeatRequest(self.id, self._pool.lease, 0.0, self.epoch, lost))
+            self._route = route
+            try:
+                await self._open_window(route)
+                break
+            except RayError as error:
+                cause = to_user_error(error)
+                if not isinstance(cause, MemberLost) or time.monotonic() > deadline_s:
+                    raise cause from None
+                route, lost = None, cause.actor_id
+        if self._failure:
+            await self._pool._close(self.id, self.epoch)
+            raise self._failure
+        self._has_members = True
+        for chunk in self._pending:
+            self._submit(chunk)
+
+    async def _open_window(self, route: Route) -> None:
+        key, lease, snapshot = (self.id, route.epoch), self._pool.lease, self._snapshot
+        features = route.reference.open_reference.remote(self._portrait)
+        if snapshot is None:
+            self._motion = route.motion.open_motion.remote(self._portrait)
+            opened = route.denoise.open_session.remote(key, lease, features, self._motion, self._seed, route.reference)
+        else:
+            self._motion = ray.put(snapshot.motion)
+            opened = route.denoise.restore_session.remote(key, lease, features, snapshot, route.reference)
+        await opened
+
+    def _submit(self, chunk: Chunk) -> None:
         """Sends the chunk on its way through all three members."""
-        number, route = self._num_chunks, self._route
-        self._num_chunks += 1
-        self._motion, moved = route.motion.motion.remote(self._motion, frames)
-        clean = route.denoise.denoise.remote((self.id, route.epoch), number, moved)
-        return route.decode.decode.remote(clean)
+        route, due_s, key = self._route, chunk.due_s, (self.id, self._route.epoch)
+        self._motion, moved = route.motion.motion.remote(self._motion, chunk.frames, due_s)
+        clean, snapshot = route.denoise.denoise.remote(key, chunk.number, moved, self._motion, due_s)
+        decoded = route.decode.decode.remote(clean, due_s)
+        chunk.result = asyncio.gather(*(asyncio.wrap_future(ref.future()) for ref in (decoded, snapshot)))
+        # Where nobody waits any more for a chunk, its error has been seen all the same, and need not be logged.
+        chunk.result.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def _fail(self, error: UserError) -> UserError:
         """The error that ended the session: the first one."""
         if self._failure is None:
             self._failure = error
-            self._pool._start(self._pool._close(self.id))
+            self._pool._start(self._pool._close(self.id, self.epoch))
         return self._failure
+
+
+def interruption_ms(interruption: Interruption, route: Route, now_s: float) -> dict[str, float]:
+    """What an interruption that ends now, on the members of `route`, was made of since it was noticed: `restart`,
+    `imports` and `weights` of the process that came for the dead one (0 where a stand-in was there), `restore` of the
+    session into it, and `first_frame`. They add up to the whole.
+    """
+    before, start_s, restored_s = interruption.route, interruption.detected_s, interruption.restored_s
+    same = [stage for stage, name in route.names.items() if before.names.get(stage) == name]
+    lives = [route.lives[stage] for stage in same if route.lives[stage].id != before.lives[stage].id]
+    life = max(lives, key=lambda life: life.created_s, default=None)
+    ends_s = [start_s] * 3
+    if life is not None:
+        imported_s = life.created_s + life.imports_ms / 1e3
+        ends_s = [life.created_s, imported_s, imported_s + life.weights_ms / 1e3]
+    parts_ms = {}
+    for part, end_s in zip(PARTS, (*ends_s, restored_s, now_s), strict=True):
+        # A new process may have been there before the death of the old one was noticed.
+        limit_s = now_s if part == "first_frame" else restored_s
+        end_s = min(max(end_s, start_s), limit_s)
+        parts_ms[part] = round((end_s - start_s) * 1e3, 1)
+        start_s = end_s
+    return parts_ms
 
 
 def _manager(settings: PoolSettings) -> Any:

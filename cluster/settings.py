@@ -25,7 +25,15 @@ class PoolSettings:
     num_threads: int = 0
     """Torch threads per member; 0: `stages.threads.default_num_threads()` of the member's machine."""
     max_batch: int = 4
-    """Sessions per denoiser call."""
+    """Sessions per call of a stage."""
+    target_fps: float = 8.0
+    """Frames a second that every session shall get: decides how many are admitted."""
+    max_queue: int = 16
+    """So many may wait for a place."""
+    spare_members: int = 0
+    """Members that stand by, loaded, for one that dies."""
+    hang_s: float = 20.0
+    """A member that does not answer for so long is replaced."""
     lease_s: float = 60.0
     """A pool whose leases have not been renewed for so long removes itself."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -38,6 +46,10 @@ class PoolSettings:
             (self.num_threads < 0, f"num_threads {self.num_threads} is negative; 0 chooses by itself"),
             (self.max_batch < 1, f"max_batch {self.max_batch} must be at least 1"),
             (self.lease_s <= 0, f"lease_s {self.lease_s} must be positive"),
+            (self.target_fps <= 0, f"target_fps {self.target_fps} must be positive"),
+            (self.max_queue < 0, f"max_queue {self.max_queue} is negative; 0 lets nobody wait"),
+            (self.spare_members < 0, f"spare_members {self.spare_members} is negative"),
+            (self.hang_s <= 0, f"hang_s {self.hang_s} must be positive"),
             (self.device not in ("auto", "cpu", "cuda"), f"device {self.device!r} must be auto, cpu or cuda"),
             (bool(unknown), f"artificial_ms: unknown stage {', '.join(unknown)}; stages are {', '.join(STAGES)}"),
         ]

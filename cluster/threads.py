@@ -1,16 +1,21 @@
 """The one thread in which a stage works, so that its member goes on answering. Used by `cluster.member` and the engine.
 
-One thread per stage: calls of a stage keep their order, and on a GPU the stages of one member overlap.
+One thread per stage: calls of a stage keep their order, and on a GPU the stages of one member overlap. The thread also
+knows how long its calls take, by how many sessions are in them: admission is decided by that.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+SLOWER, FASTER = 0.2, 0.01
+"""Weights of a newer time: what a call takes under load is learned quickly, and not forgotten in a quiet minute."""
 
 
 class StageThread:
@@ -18,7 +23,44 @@ class StageThread:
 
     def __init__(self, name: str):
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self.call_ms: dict[int, float] = {}
+        """By the number of sessions in a call."""
+        self.busy_s = 0.0
+        """All the time at work."""
+        self._started_s: float | None = None
+
+    @property
+    def stuck_s(self) -> float:
+        """How long the present call has been running; 0 where there is none."""
+        started_s = self._started_s
+        return 0.0 if started_s is None else time.perf_counter() - started_s
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """Waits for the function's result; raises what it raises."""
-        return await asyncio.get_running_loop().run_in_executor(self.executor, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, self._work, function, *args)
+
+    async def call(self, num_sessions: int, function: Callable[..., T], *args: Any) -> tuple[T, float]:
+        """As `run`, for so many sessions at once; returns also how many ms it has worked."""
+
+        def timed() -> tuple[T, float]:
+            started_s = time.perf_counter()
+            return function(*args), (time.perf_counter() - started_s) * 1e3
+
+        result, ms = await self.run(timed)
+        self.call_ms[num_sessions] = learn(self.call_ms.get(num_sessions), ms)
+        return result, ms
+
+    def _work(self, function: Callable[..., T], *args: Any) -> T:
+        started_s = self._started_s = time.perf_counter()
+        try:
+            return function(*args)
+        finally:
+            self._started_s = None
+            self.busy_s += time.perf_counter() - started_s
+
+
+def learn(known_ms: float | None, ms: float) -> float:
+    """The expected time of a call after one more has taken `ms`."""
+    if known_ms is None:
+        return ms
+    return known_ms + (SLOWER if ms > known_ms else FASTER) * (ms - known_ms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.errors import MemberLost, StageFailed
 from stages.errors import UserError
@@ -18,7 +18,9 @@ def to_user_error(error: BaseException) -> UserError:
     if isinstance(error, UserError):
         return error
     if isinstance(error, RayError):
-        return MemberLost(
+        lost = MemberLost(
             f"a member of the pool was lost while it worked for this session ({type(error).__name__}); open a new one"
         )
+        lost.actor_id = error.actor_id if isinstance(error, RayActorError) else None
+        return lost
     return StageFailed(f"a stage failed unexpectedly: {type(error).__name__}: {error}")

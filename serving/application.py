@@ -6,18 +6,23 @@ every replica. No `from __future__ import annotations` here: Serve reads the bui
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.context import _get_global_client
 
+from cluster.errors import PoolFailed
 from cluster.memory import freeze, keep_large_buffers_apart
+from cluster.metrics import on_ray
 from cluster.session import Pool
 from cluster.settings import PoolSettings
+from serving.draining import until_draining
+from serving.metrics import IngressMetrics
+from serving.replica import Replica
 from serving.routes import Backend, build_api
-from serving.session import Pipeline
 from serving.settings import Settings
 from stages.errors import UserError
 
@@ -32,14 +37,20 @@ OTHER_REQUESTS = 64
 class PoolLink:
     """A replica's way to the pool: connects in the background, and after a failure again every `RETRY_S`."""
 
-    def __init__(self, settings: PoolSettings):
-        self._settings = settings
+    def __init__(self, settings: PoolSettings, replica: Replica):
+        self._settings, self._replica = settings, replica
         self._connected: asyncio.Future[Pool]
         """Of the newest attempt that has come to its end; of the first one while there is none."""
 
-    async def get(self) -> Pipeline:
+    async def get(self) -> Pool:
         """The pool, once it is loaded. Raises UserError with the reason why the last attempt failed."""
         return await asyncio.shield(self._connected)
+
+    async def house(self) -> Mapping[str, Any]:
+        """What the pool's manager knows. Raises UserError while there is no pool."""
+        if not self._connected.done():
+            raise PoolFailed("the weights are being loaded")
+        return await (await self.get()).status()
 
     def not_ready_because(self) -> str | None:
         """Why no session can be opened, as a sentence; None when one can."""
@@ -54,9 +65,10 @@ class PoolLink:
         freeze()
         keep_large_buffers_apart()
         self._connected = asyncio.get_running_loop().create_future()
-        connecting = asyncio.create_task(self._connect())
+        tasks = [asyncio.create_task(self._connect()), asyncio.create_task(self._move_out())]
         yield
-        connecting.cancel()
+        for task in tasks:
+            task.cancel()
         if self._connected.done() and not self._connected.exception():
             await self._connected.result().close()
 
@@ -72,8 +84,14 @@ class PoolLink:
                 failed.set_exception(error)
                 failed.exception()  # Read once, so that it is not logged again as one that nobody has seen.
                 await asyncio.sleep(RETRY_S)
+        pool.describe = self._replica.describe
         self._settle().set_result(pool)
         logger.info("ready: open %s", page_address())
+
+    async def _move_out(self) -> None:
+        """When this replica is being replaced: its clients go to others, while it still serves them."""
+        await until_draining()
+        await self._replica.announce_draining()
 
     def _settle(self) -> asyncio.Future[Pool]:
         """The future to put a result into: the one that is being waited for, or a new one behind a failure."""
@@ -83,7 +101,7 @@ class PoolLink:
 
 
 @serve.ingress()
-class Replica:
+class Ingress:
     """One ingress replica: holds its lease on the pool, and serves the routes."""
 
     def __init__(self, settings: Settings) -> None:
@@ -91,12 +109,14 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this in every replica, after the constructor."""
-        link = PoolLink(pool_settings(self._settings))
-        return build_api(Backend(link.get, link.not_ready_because, link.held), self._settings)
+        replica = Replica(serve.get_replica_context().replica_id.unique_id, on_ray(IngressMetrics))
+        link = PoolLink(pool_settings(self._settings), replica)
+        backend = Backend(link.get, link.not_ready_because, link.held, link.house)
+        return build_api(backend, self._settings, replica)
 
 
 # An ingress only moves and packs frames; whole CPUs for it would leave none for the members on a small machine.
-INGRESS = serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0.1}, graceful_shutdown_timeout_s=10)(Replica)
+INGRESS = serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0.1}, graceful_shutdown_timeout_s=10)(Ingress)
 
 
 def app(settings: Settings) -> serve.Application:
@@ -112,6 +132,10 @@ def pool_settings(settings: Settings) -> PoolSettings:
         weights=settings.weights,
         num_threads=settings.num_threads,
         max_batch=settings.max_batch,
+        target_fps=settings.target_fps,
+        max_queue=settings.max_queue,
+        spare_members=settings.spare_members,
+        hang_s=settings.hang_s,
         lease_s=settings.lease_s,
         device=settings.device,
     )

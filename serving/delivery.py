@@ -58,6 +58,7 @@ class Delivery:
         self._num_planned = 0
         self._num_shown = 0
         self._unshown: deque[int] = deque()
+        self._unshown_captures: deque[float | None] = deque()
         self._owing_since_s: float | None = None
 
     @property
@@ -93,20 +94,26 @@ class Delivery:
         self._count_shown_chunks()
         return outputs
 
-    def sent(self, now_s: float) -> None:
+    def sent(self, output: Output, now_s: float) -> None:
         """One more output frame has been sent."""
         self.num_sent += 1
+        self._unshown_captures.append(None if output.source is None else output.source.capture_ms)
         self._owing_since_s = now_s if self._owing_since_s is None else self._owing_since_s
 
-    def shown(self, count: int, now_s: float) -> None:
-        """The client's receipt for `count` output frames, all in all. Raises ProtocolError `bad_receipt`."""
+    def shown(self, count: int, now_s: float) -> list[float | None]:
+        """The client's receipt for `count` output frames, all in all. Raises ProtocolError `bad_receipt`.
+
+        Returns when the newly shown ones were captured, on the client's clock; None for those of the transition.
+        """
         if not self._num_shown <= count <= self.num_sent:
             told = f"{count} output frames reported shown, after {self._num_shown}, of {self.num_sent} sent"
             raise ProtocolError(f"{told}: count every one once", "bad_receipt")
         if count > self._num_shown:
             self._owing_since_s = now_s if count < self.num_sent else None
+        captures = [self._unshown_captures.popleft() for _ in range(count - self._num_shown)]
         self._num_shown = count
         self._count_shown_chunks()
+        return captures
 
     def owing_s(self, now_s: float) -> float:
         """For how long the client has shown nothing of what it was sent."""

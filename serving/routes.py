@@ -3,11 +3,12 @@
 Called by `serving.application` in every replica, and by tests without Ray.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, WebSocket
 from fastapi.responses import FileResponse, JSONResponse
@@ -16,11 +17,16 @@ from fastapi.staticfiles import StaticFiles
 from cluster.memory import Releaser
 from serving import protocol
 from serving.connection import Connection
-from serving.session import Pipeline, serve_session
+from serving.pipeline import Pipeline
+from serving.replica import Replica
+from serving.session import Session, Surroundings, serve_session
 from serving.settings import Settings
+from stages.errors import UserError
 from stages.portraits import BUNDLED_CLIP, bundled_portraits
 
 PAGE = Path(__file__).parent / "page"
+RETRY_S = 10.0
+"""When a full replica may be worth another try."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +39,17 @@ class Backend:
     """Why there is no pipeline yet, as a sentence; None when there is one."""
     held: Callable[[FastAPI], AbstractAsyncContextManager[None]]
     """Connects at its start and gives the pipeline back at its end."""
+    house: Callable[[], Awaitable[Mapping[str, Any]]]
+    """The whole house, for `/v1/status`."""
 
 
-def build_api(backend: Backend, settings: Settings) -> FastAPI:
-    """All routes. One replica serves at most `settings.max_sessions` streams at a time."""
+def build_api(backend: Backend, settings: Settings, replica: Replica) -> FastAPI:
+    """All routes. One replica serves at most `settings.max_sessions` streams at a time; `replica` knows of them."""
     api = FastAPI(title="PersonaLive", lifespan=backend.held, docs_url=None, redoc_url=None)
     api.mount("/static", StaticFiles(directory=PAGE), name="static")
     _add_files(api)
     _add_health(api, backend)
-    _add_stream(api, backend, settings)
+    _add_stream(api, backend, settings, replica)
     return api
 
 
@@ -49,6 +57,10 @@ def _add_files(api: FastAPI) -> None:
     @api.get("/")
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @api.get("/status")
+    async def status_page() -> FileResponse:
+        return FileResponse(PAGE / "status.html", headers={"Cache-Control": "no-cache"})
 
     @api.get("/v1/portraits")
     async def portraits() -> list[dict[str, str]]:
@@ -78,22 +90,33 @@ def _add_health(api: FastAPI, backend: Backend) -> None:
         reason = backend.not_ready_because()
         return JSONResponse({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
 
+    @api.get("/v1/status")
+    async def status() -> JSONResponse:
+        reason = backend.not_ready_because()
+        try:
+            house = await backend.house()
+        except UserError as error:
+            return JSONResponse({"ready": False, "reason": reason or str(error)}, 503)
+        return JSONResponse({**house, "ready": reason is None, "reason": reason}, headers={"Cache-Control": "no-store"})
 
-def _add_stream(api: FastAPI, backend: Backend, settings: Settings) -> None:
-    sockets: set[WebSocket] = set()
+
+def _add_stream(api: FastAPI, backend: Backend, settings: Settings, replica: Replica) -> None:
     portrait_thread = ThreadPoolExecutor(1, thread_name_prefix="portrait")
+    surroundings = Surroundings(backend.connect, settings, portrait_thread, replica.metrics)
     releaser = Releaser()
 
     @api.websocket("/v1/stream")
     async def stream(socket: WebSocket) -> None:
         await socket.accept()
-        if len(sockets) >= settings.max_sessions:
-            busy = f"all {settings.max_sessions} places are taken: try again later"
-            await Connection(socket, settings).finish(protocol.Error("busy", busy, fatal=True))
+        connection = Connection(socket, settings)
+        if len(replica.sessions) >= settings.max_sessions:
+            busy = f"all {settings.max_sessions} places of this replica are taken: try again later"
+            await connection.finish(protocol.Error("busy", busy, fatal=True, retry_s=RETRY_S))
             return
-        sockets.add(socket)
+        session = Session(connection, surroundings)
+        replica.sessions.add(session)
         try:
-            await serve_session(socket, backend.connect, settings, portrait_thread)
+            await serve_session(session)
         finally:
-            sockets.discard(socket)
+            replica.sessions.discard(session)
             releaser.soon()

@@ -24,7 +24,17 @@ class Settings(BaseSettings):
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Torch threads per member; 0 chooses by the machine."""
     max_batch: Annotated[int, Field(ge=1, le=64)] = 4
-    """Sessions per denoiser call."""
+    """Sessions per call of a stage."""
+    target_fps: Annotated[float, Field(gt=0, le=1000)] = 8.0
+    """Frames a second that every session shall get: as many people are admitted as that allows, the next ones wait."""
+    max_queue: Annotated[int, Field(ge=0, le=10_000)] = 16
+    """So many may wait for a place; the next one is refused as `busy`."""
+    resume_s: Annotated[float, Field(ge=0, le=3600)] = 20.0
+    """The place of a live client whose connection broke is kept for so long; it comes back with its token."""
+    spare_members: Annotated[int, Field(ge=0, le=64)] = 0
+    """Members that stand by with loaded weights, for one that dies: seconds instead of a restart."""
+    hang_s: Annotated[float, Field(gt=0, le=3600)] = 20.0
+    """A member that does not answer for so long is replaced."""
     lease_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0
     """The pool removes itself so long after its last ingress replica has gone."""
     num_replicas: Annotated[int, Field(ge=1, le=1000)] = 1

@@ -1,15 +1,18 @@
 import pytest
 
-from cluster.batching import MAX_PENDING, Pending, Progress, check_number, next_batch
+from cluster.batching import MAX_PENDING, Pending, Progress, bucket, check_number, next_batch
 from cluster.errors import StaleChunk, TooManyChunks
 
-ANNA, BEN, CLEO = ("anna", 0), ("ben", 0), ("cleo", 2)
+ANNA, BEN, CLEO, DAN = ("anna", 0), ("ben", 0), ("cleo", 2), ("dan", 0)
 
 
 def test_the_earliest_chunk_of_each_session_goes_first() -> None:
     pending = [Pending(ANNA, 4, 3.0), Pending(BEN, 0, 1.0), Pending(CLEO, 7, 2.0)]
     progress = {ANNA: Progress(4), BEN: Progress(0), CLEO: Progress(7)}
-    assert [chunk.session for chunk in next_batch(pending, progress, max_batch=3)] == [BEN, CLEO, ANNA]
+    assert [chunk.session for chunk in next_batch(pending, progress, max_batch=8)] == [BEN, CLEO]
+    progress[DAN] = Progress(2)
+    pending.append(Pending(DAN, 2, 0.5))
+    assert [chunk.session for chunk in next_batch(pending, progress, max_batch=8)] == [DAN, BEN, CLEO, ANNA]
 
 
 def test_a_session_takes_part_once_per_call_in_the_order_of_its_numbers() -> None:
@@ -48,3 +51,22 @@ def test_the_next_number_and_early_ones_are_accepted(number: int) -> None:
 def test_a_session_that_never_waits_for_results_is_refused() -> None:
     with pytest.raises(TooManyChunks):
         check_number(99, Progress(0), range(MAX_PENDING))
+
+
+@pytest.mark.parametrize(
+    ("num_ready", "max_batch", "num"), [(0, 4, 0), (1, 4, 1), (2, 4, 2), (3, 4, 2), (4, 4, 4), (9, 8, 8), (9, 6, 4)]
+)
+def test_calls_have_few_sizes(num_ready: int, max_batch: int, num: int) -> None:
+    assert bucket(num_ready, max_batch) == num
+
+
+def test_who_is_left_out_of_a_call_goes_first_in_the_next() -> None:
+    due_s = {key: float(n) for n, key in enumerate((ANNA, BEN, CLEO, DAN))}
+    progress = {key: Progress(0) for key in due_s}
+    num_calls = dict.fromkeys(due_s, 0)
+    for call in range(20):
+        pending = [Pending(key, 0, due_s[key]) for key in due_s]
+        for chunk in next_batch(pending, progress, max_batch=2):
+            num_calls[chunk.session] += 1
+            due_s[chunk.session] = 10.0 + call
+    assert set(num_calls.values()) == {10}

@@ -12,7 +12,7 @@ WINDOW = WindowConfig(chunk_frames=2, timesteps=(0, 1, 2))
 
 
 def chunk(number, num_real=2):
-    return [Stamp(2 * number + k, 0.0, 0.0) for k in range(num_real)]
+    return [Stamp(2 * number + k, 10.0 * (2 * number + k), 0.0) for k in range(num_real)]
 
 
 def result(number, no_face=(False, False)):
@@ -26,8 +26,8 @@ def run(delivery, chunks, send=True):
     for number, entering in enumerate(chunks):
         delivery.accept()
         outputs.append(delivery.decoded(entering, result(number, (number == 1, False)), float(number)))
-        for _ in outputs[-1] if send else ():
-            delivery.sent(float(number))
+        for output in outputs[-1] if send else ():
+            delivery.sent(output, float(number))
     return outputs
 
 
@@ -97,3 +97,11 @@ def test_live_output_is_paced_and_lossless_output_is_not():
     for mode, spread in (("live", True), ("lossless", False)):
         outputs = run(Delivery(WINDOW, mode, 2), [chunk(number) for number in range(4)])
         assert (outputs[3][1].due_s > outputs[3][0].due_s) == spread
+
+
+def test_a_receipt_names_when_the_newly_shown_frames_were_captured():
+    delivery = Delivery(WINDOW, "lossless", 2)
+    run(delivery, [chunk(number) for number in range(4)])
+    assert delivery.shown(3, 0.0) == [None, None, None]
+    assert delivery.shown(6, 0.0) == [None, 0.0, 10.0]
+    assert delivery.shown(6, 0.0) == []

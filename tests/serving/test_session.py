@@ -15,6 +15,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from cluster.errors import PoolBusy
 from serving import protocol
 from serving.client import Client, ServerError, now_ms
 from serving.codec import decode, encode
@@ -543,3 +544,152 @@ async def test_capture_times_come_back_as_they_were(echo_server, portrait):
         outputs = [output async for output in client]
     assert outputs[-1].message.capture_ms == pytest.approx(captured, abs=1e-6)
     assert outputs[-1].delay_ms > 1234
+
+
+async def say(socket, portrait, **fields):
+    """Says hello and returns ready."""
+    await socket.send(hello(portrait, **fields))
+    return await next_message(socket, "ready")
+
+
+async def test_a_client_that_vanished_comes_back_with_its_token_and_gets_the_same_stream(echo_server, portrait):
+    server = await echo_server()
+    async with connect(server.url) as socket:
+        first = await say(socket, portrait)
+        socket.transport.abort()
+    await server.until_closed()
+    [stream] = server.pool.streams
+    assert stream.parked and not stream.closed and not first.resumed
+    async with connect(server.url) as socket:
+        second = await say(socket, portrait, resume=first.token)
+        assert (second.resumed, second.session, second.token) == (True, first.session, first.token)
+        for seq in range(3):
+            await socket.send(frame(seq))
+        await next_message(socket, "frame")
+    assert server.pool.streams == [stream]
+
+
+async def test_a_token_that_nobody_knows_begins_a_new_session_under_another_token(echo_server, portrait):
+    server = await echo_server()
+    async with connect(server.url) as socket:
+        ready = await say(socket, portrait, resume="guessed")
+    assert not ready.resumed and ready.token not in (None, "guessed")
+
+
+async def test_the_sessions_name_does_not_give_its_token_away(echo_server, portrait, caplog):
+    caplog.set_level("INFO")
+    server = await echo_server()
+    async with connect(server.url) as socket:
+        ready = await say(socket, portrait)
+    await server.until_closed()
+    assert ready.session in caplog.text and ready.token not in caplog.text
+
+
+async def test_who_says_bye_or_is_lossless_leaves_no_session_behind(echo_server, portrait):
+    server = await echo_server()
+    async with connect(server.url) as socket:
+        await say(socket, portrait)
+        await socket.send('{"type": "bye"}')
+        await next_message(socket, "end")
+    async with connect(server.url) as socket:
+        assert (await say(socket, portrait, mode="lossless")).token is None
+        socket.transport.abort()
+    await server.until_closed()
+    assert [stream.parked for stream in server.pool.streams] == [False, False]
+    async with connect(server.url) as socket:
+        await socket.send(hello(portrait, mode="lossless", resume="token"))
+        assert (await last_error(socket)).code == "unexpected"
+
+
+async def test_who_waits_for_a_place_is_told_the_position_and_how_long(echo_server, portrait):
+    server = await echo_server(line=[(2, 60.0), (1, 30.0)])
+    async with connect(server.url) as socket:
+        await socket.send(hello(portrait))
+        told = [await next_message(socket, "queued", "ready") for _ in range(3)]
+    assert [(one.position, one.estimate_s) for one in told[:2]] == [(2, 60.0), (1, 30.0)]
+    assert told[2].type == "ready"
+
+
+async def test_a_refusal_says_when_to_come_again(echo_server, portrait):
+    server = await echo_server(refusal=PoolBusy("all places are taken", retry_s=7.5))
+    async with connect(server.url) as socket:
+        await socket.send(hello(portrait))
+        error = await last_error(socket)
+    assert (error.code, error.retry_s) == ("busy", 7.5)
+
+
+async def test_who_brings_no_frames_gives_the_place_back_and_takes_it_again_with_the_next_ones(echo_server, portrait):
+    server = await echo_server(Settings(idle_timeout_s=0.3), wake_s=0.2)
+    async with connect(server.url) as socket:
+        await say(socket, portrait)
+        [stream] = server.pool.streams
+        for seq in range(3):
+            await socket.send(frame(seq))
+        for _ in range(3):
+            await next_message(socket, "frame")
+        await socket.send('{"type": "shown", "count": 3}')
+        async with asyncio.timeout(3):
+            while not stream.is_idle:
+                await socket.send('{"type": "ping", "client_ms": 1}')
+                await asyncio.sleep(0.1)
+        [session] = server.replica.sessions
+        assert session.state == "idle"
+        for seq in range(3, 6):
+            await socket.send(frame(seq))
+        await next_message(socket, "frame")
+        assert not stream.is_idle and session.state == "live"
+
+
+async def test_an_interruption_is_told_and_so_is_its_end(echo_server, portrait):
+    server = await echo_server()
+    async with connect(server.url) as socket:
+        await say(socket, portrait)
+        [session] = server.replica.sessions
+        await session.recovering()
+        assert (await next_message(socket, "notice")).code == "recovering"
+        await session.recovered({"restart": 1.5, "first_frame": 2.0})
+        assert (await next_message(socket, "recovered")).parts_ms == {"restart": 1.5, "first_frame": 2.0}
+
+
+async def test_the_delay_from_capture_to_shown_is_known_by_the_clients_own_clock(echo_server, portrait):
+    server = await echo_server()
+    async with connect(server.url) as socket:
+        await say(socket, portrait)
+        for seq in range(15):
+            await socket.send(message("frame", FRAME, seq=seq, capture_ms=1000 + seq))
+            if seq % 3 == 2:
+                await asyncio.sleep(0.1)
+        for count in range(1, 13):
+            shown = await next_message(socket, "frame")
+            delay_ms = {} if shown.capture_ms is None else {"shown_ms": shown.capture_ms + 321}
+            await socket.send(json.dumps({"type": "shown", "count": count, **delay_ms}))
+        [session] = server.replica.sessions
+        async with asyncio.timeout(3):
+            while session.status("here")["delay_ms"]["p95"] is None:
+                await asyncio.sleep(0.02)
+        assert session.status("here")["delay_ms"] == {"p50": 321.0, "p95": 321.0}
+
+
+async def test_without_the_time_of_showing_the_delay_comes_from_the_clocks_offset(echo_server, portrait):
+    server = await echo_server()
+    behind_ms = 5_000_000.0
+
+    def client_ms():
+        return time.time() * 1000 - behind_ms
+
+    async with connect(server.url) as socket:
+        await say(socket, portrait)
+        await socket.send(json.dumps({"type": "ping", "client_ms": client_ms(), "rtt_ms": 0.5}))
+        await next_message(socket, "pong")
+        for seq in range(15):
+            await socket.send(message("frame", FRAME, seq=seq, capture_ms=client_ms()))
+            if seq % 3 == 2:
+                await asyncio.sleep(0.1)
+        for count in range(1, 13):
+            await next_message(socket, "frame")
+            await socket.send(json.dumps({"type": "shown", "count": count}))
+        [session] = server.replica.sessions
+        async with asyncio.timeout(3):
+            while (delay_ms := session.status("here")["delay_ms"]["p50"]) is None:
+                await asyncio.sleep(0.02)
+        assert 100 < delay_ms < 2000

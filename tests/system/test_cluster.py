@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
 
 from cluster.artificial import CONFIG
-from cluster.errors import BadChunk, MemberLost, PoolFailed, SessionClosed
+from cluster.errors import BadChunk, PoolBusy, PoolFailed, SessionClosed, SessionMoved
 from cluster.overlap import measure
 from cluster.pool import NAMESPACE
 from cluster.session import DecodedChunk, Pool, Session
@@ -220,7 +220,7 @@ async def test_a_closed_session_fails_what_is_in_flight_and_leaves_nothing_on_it
         await session.close()
         assert isinstance((await pending)[-1], SessionClosed)
         member = ray.get_actor(f"{pool_name(SLEEPING)}:denoise-0", NAMESPACE)
-        assert await member.sessions.remote() == []
+        assert (await member.report.remote()).sessions == ()
 
 
 async def test_chunks_that_nobody_waits_for_leave_no_error_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -249,7 +249,7 @@ async def test_openings_that_nobody_waits_for_leave_nothing_on_the_member() -> N
         member = ray.get_actor(f"{pool_name(settings)}:denoise-0", NAMESPACE)
         manager = ray.get_actor(pool_name(settings), NAMESPACE)
         await asyncio.sleep(1.0)
-        assert [record.session for record in await member.sessions.remote()] == [session.id]
+        assert [record.session for record in (await member.report.remote()).sessions] == [session.id]
         assert await manager.__ray_call__.remote(lambda self: set(self.seats)) == {session.id}
 
 
@@ -265,13 +265,18 @@ async def test_clients_that_leave_at_once_do_not_queue_up_work_before_others() -
         assert time.monotonic() - started_s < 3.5
 
 
+def _open_ghost(member: Any) -> None:
+    [hosted] = member.engine.sessions.values()
+    member.engine.open(("ghost", 0), "lapsed", hosted.state, hosted.motion, hosted.encode_keyframe)
+
+
 async def test_a_session_whose_lease_has_lapsed_while_it_opened_is_closed() -> None:
     async with connected(SLEEPING) as pool:
         session = await pool.open(PORTRAIT, 0)
         member = ray.get_actor(f"{pool_name(SLEEPING)}:denoise-0", NAMESPACE)
-        await member.__ray_call__.remote(lambda self: self.engine.open(("ghost", 0), "lapsed", None))
+        await member.__ray_call__.remote(_open_ghost)
         await asyncio.sleep(3.0)
-        assert [record.session for record in await member.sessions.remote()] == [session.id]
+        assert [record.session for record in (await member.report.remote()).sessions] == [session.id]
 
 
 async def test_a_connection_knows_when_its_pool_has_failed_and_when_it_is_back(weights: str, tmp_path: Path) -> None:
@@ -287,24 +292,160 @@ async def test_a_connection_knows_when_its_pool_has_failed_and_when_it_is_back(w
         await until(lambda: pool.failed is None, within_s=60)
 
 
+class Heard:
+    """A listener that notes what it hears."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    async def queued(self, position: int, estimate_s: float) -> None:
+        self.events.append(position)
+
+    async def recovering(self) -> None:
+        self.events.append("recovering")
+
+    async def recovered(self, parts_ms: Mapping[str, float]) -> None:
+        self.events.append(dict(parts_ms))
+
+
 @pytest.mark.parametrize("member", ["denoise-0", "decode-0", "motion+reference-0"])
-async def test_a_killed_member_ends_its_sessions_and_new_ones_work(member: str) -> None:
-    async with connected(SLEEPING) as pool:
+async def test_after_a_members_death_the_results_are_those_of_one_process(weights: str, member: str) -> None:
+    settings = PoolSettings(weights, num_threads=1, lease_s=3.0, device="cpu")
+    portrait, chunks = pictures(0, 1)[0, 0], pictures(1, 9)
+    heard = Heard()
+    async with connected(settings) as pool:
+        session = await pool.open(portrait, 7, listener=heard)
+        results = [await session.run(chunk) for chunk in chunks[:5]]
+        others = {name: await process(settings, name) for name in ("denoise-0", "decode-0") if name != member}
+        pending = asyncio.gather(*(session.run(chunk) for chunk in chunks[5:]))
+        await asyncio.sleep(0.01)
+        os.kill(await process(settings, member), signal.SIGKILL)
+        results += await pending
+        assert others == {name: await process(settings, name) for name in others}
+    expected, num_keyframes = in_one_process(weights, portrait, chunks, 7)
+    assert num_keyframes == SMALL.window.max_keyframes
+    assert [event if event == "recovering" else "recovered" for event in heard.events] == ["recovering", "recovered"]
+    parts_ms = heard.events[1]
+    assert set(parts_ms) == {"restart", "imports", "weights", "restore", "first_frame"}
+    assert min(parts_ms.values()) >= 0 and parts_ms["imports"] + parts_ms["weights"] > 100
+    difference = np.abs(np.stack([result.frames for result in results]).astype(int) - np.stack(expected))
+    assert difference.max() <= 1
+
+
+async def test_a_spare_stands_in_at_once_and_for_every_stage() -> None:
+    settings = replace(SLEEPING, spare_members=1)
+    async with connected(settings) as pool:
+        heard = [Heard(), Heard()]
+        sessions = [await pool.open(PORTRAIT, 1, listener=listener) for listener in heard]
+        assert await process(settings, "spare-0")
+        for member in ("denoise-0", "decode-0", "motion+reference-0"):
+            await asyncio.gather(*(send(session, 2) for session in sessions))
+            await until_up(settings)
+            os.kill(await process(settings, member), signal.SIGKILL)
+            results = await asyncio.gather(*(send(session, 4) for session in sessions))
+            assert all(isinstance(result, DecodedChunk) for of_session in results for result in of_session), results
+        for listener in heard:
+            parts = [event for event in listener.events if event != "recovering"]
+            assert len(parts) == 3
+            assert all(part["restart"] == part["imports"] == 0 for part in parts), parts
+
+
+async def until_up(settings: PoolSettings) -> None:
+    """Waits until the manager says that all members live."""
+    manager = ray.get_actor(pool_name(settings), NAMESPACE)
+    async with asyncio.timeout(60):
+        while not all(member["up"] for member in (await manager.status.remote())["members"]):
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("member", ["denoise-0", "decode-0"])
+async def test_a_member_that_hangs_is_replaced(member: str) -> None:
+    settings = replace(SLEEPING, hang_s=2.0)
+    async with connected(settings) as pool:
         session = await pool.open(PORTRAIT, 0)
-        await session.run(DRIVING)
-        others = {name: await process(SLEEPING, name) for name in ("denoise-0", "decode-0") if name != member}
-        victim = await process(SLEEPING, member)
-        pending = asyncio.create_task(send(session, 12))
-        await asyncio.sleep(0.05)
-        os.kill(victim, signal.SIGKILL)
-        errors = [result for result in await pending if not isinstance(result, DecodedChunk)]
-        assert errors
-        assert {(type(error), error.code) for error in errors} == {(MemberLost, "member_lost")}
-        with pytest.raises(MemberLost):
+        await send(session, 2)
+        hanging = await process(settings, member)
+        os.kill(hanging, signal.SIGSTOP)
+        started_s = time.monotonic()
+        assert all(isinstance(result, DecodedChunk) for result in await send(session, 4))
+        assert 1.0 < time.monotonic() - started_s < 25
+        assert await process(settings, member) != hanging
+
+
+def _hang(member: Any) -> None:
+    thread = member.threads["denoise"]
+    thread.executor.submit(thread._work, time.sleep, 1000)
+
+
+async def test_a_stage_whose_call_never_ends_is_replaced_with_its_member() -> None:
+    settings = replace(SLEEPING, hang_s=2.0)
+    async with connected(settings) as pool:
+        session = await pool.open(PORTRAIT, 0)
+        await send(session, 2)
+        hanging = await process(settings, "denoise-0")
+        member = ray.get_actor(f"{pool_name(settings)}:denoise-0", NAMESPACE)
+        await member.__ray_call__.remote(_hang)
+        assert all(isinstance(result, DecodedChunk) for result in await send(session, 4))
+        assert await process(settings, "denoise-0") != hanging
+
+
+async def test_a_session_goes_on_at_another_replica_with_its_id_alone(weights: str) -> None:
+    settings = PoolSettings(weights, num_threads=1, lease_s=3.0, device="cpu")
+    portrait, chunks = pictures(0, 1)[0, 0], pictures(1, 8)
+    async with connected(settings) as first:
+        second = await Pool.connect(settings)
+        session = await first.open(portrait, 7)
+        results = [await session.run(chunk) for chunk in chunks[:4]]
+        moved = await second.resume(session.id, portrait)
+        assert moved is not None
+        with pytest.raises(SessionMoved):
+            await session.run(chunks[4])
+        # What the first replica says now is of an earlier life.
+        await session.close()
+        results += [await moved.run(chunk) for chunk in chunks[4:]]
+        assert await second.resume("unknown", portrait) is None
+        manager = ray.get_actor(pool_name(settings), NAMESPACE)
+        assert (await manager.status.remote())["num_sessions"] == 1
+        await second.close()
+    expected, _ = in_one_process(weights, portrait, chunks, 7)
+    difference = np.abs(np.stack([result.frames for result in results]).astype(int) - np.stack(expected))
+    assert difference.max() <= 1
+
+
+async def test_a_parked_session_can_be_resumed_until_its_time_is_over() -> None:
+    async with connected(SLEEPING) as pool:
+        sessions = [await pool.open(PORTRAIT, 0) for _ in range(2)]
+        for session in sessions:
             await session.run(DRIVING)
-        again = await pool.open(PORTRAIT, 0)
-        assert isinstance(await again.run(DRIVING), DecodedChunk)
-        assert others == {name: await process(SLEEPING, name) for name in others}
+            session.park(1.0)
+            with pytest.raises(SessionClosed):
+                await session.run(DRIVING)
+        resumed = await pool.resume(sessions[0].id, PORTRAIT)
+        await asyncio.sleep(1.5)
+        assert resumed is not None and isinstance(await resumed.run(DRIVING), DecodedChunk)
+        assert await pool.resume(sessions[1].id, PORTRAIT) is None
+
+
+async def test_who_comes_when_all_places_are_taken_waits_in_line_and_the_next_is_refused() -> None:
+    # A chunk of four frames lasts 40 ms at this rate, and a call 20: one place, or one round more than fits.
+    settings = replace(SLEEPING, target_fps=100.0, max_queue=1)
+    async with connected(settings) as pool:
+        first = await pool.open(PORTRAIT, 0)
+        heard = Heard()
+        waiting = asyncio.create_task(pool.open(PORTRAIT, 0, listener=heard))
+        await asyncio.sleep(0.5)
+        assert heard.events == [1] and not waiting.done()
+        with pytest.raises(PoolBusy) as refused:
+            await pool.open(PORTRAIT, 0)
+        assert refused.value.retry_s > 0
+        await first.rest()
+        second = await asyncio.wait_for(waiting, 3)
+        waking = asyncio.create_task(first.wake())
+        await asyncio.sleep(1.5)
+        assert not waking.done()
+        await second.close()
+        await asyncio.wait_for(waking, 3)
+        assert isinstance(await first.run(DRIVING), DecodedChunk)
 
 
 async def test_a_killed_manager_is_not_noticed_and_comes_back_with_its_table() -> None:
@@ -327,9 +468,9 @@ async def test_a_pool_goes_with_its_last_lease_even_when_nobody_says_goodbye() -
     abandoned = await vanishing.open(PORTRAIT, 0)
     vanishing._renewing.cancel()
     member = ray.get_actor(f"{pool_name(SLEEPING)}:denoise-0", NAMESPACE)
-    assert [record.session for record in await member.sessions.remote()] == [abandoned.id]
+    assert [record.session for record in (await member.report.remote()).sessions] == [abandoned.id]
     await asyncio.sleep(2 * SLEEPING.lease_s)
-    assert await member.sessions.remote() == []
+    assert (await member.report.remote()).sessions == ()
     assert len(actors(SLEEPING)) == 4
     staying._renewing.cancel()
     await removed(SLEEPING)

@@ -1,0 +1,41 @@
+import asyncio
+import time
+
+import pytest
+
+from cluster.threads import StageThread, learn
+
+
+async def test_a_thread_knows_how_long_calls_take_and_how_much_it_has_worked() -> None:
+    thread = StageThread("stage")
+    assert (await thread.call(2, lambda: time.sleep(0.03)))[1] >= 30
+    assert await thread.run(lambda: 5) == 5
+    assert list(thread.call_ms) == [2] and thread.call_ms[2] >= 30
+    assert 0.03 <= thread.busy_s < 1
+
+
+async def test_a_thread_knows_that_it_is_stuck() -> None:
+    thread = StageThread("stage")
+    assert thread.stuck_s == 0
+    working = asyncio.create_task(thread.run(time.sleep, 0.1))
+    await asyncio.sleep(0.06)
+    assert 0.03 < thread.stuck_s < 1
+    await working
+    assert thread.stuck_s == 0
+
+
+async def test_an_error_comes_out_and_counts_as_no_call() -> None:
+    thread = StageThread("stage")
+    with pytest.raises(ZeroDivisionError):
+        await thread.call(1, lambda: 1 // 0)
+    assert thread.call_ms == {} and thread.stuck_s == 0
+
+
+def test_slowness_is_learned_quickly_and_forgotten_slowly() -> None:
+    ms = learn(None, 100.0)
+    for _ in range(20):
+        ms = learn(ms, 200.0)
+    assert ms > 195
+    for _ in range(20):
+        ms = learn(ms, 100.0)
+    assert ms > 175
