@@ -56,6 +56,8 @@ PLACEMENT_S = 60.0
 """How long the cluster may take to find room for the members."""
 FAREWELL_S = 3.0
 """How long a failed manager stays to tell the reason to whoever asks."""
+SILENT_S = 10.0
+"""A replica that has not renewed its lease for so long is not shown any more."""
 DYING_S = 0.5
 """A killed process may still answer what it was asked so shortly after its death was noticed."""
 
@@ -127,7 +129,8 @@ class PoolManager:
         seat = self.seats.get(request.session)
         epoch = max(seat.epoch if seat else -1, request.epoch if request.epoch is not None else -1) + 1
         names = {stage: member.plan.name for stage, member in members.items()}
-        self.seats[request.session] = Seat(request.lease, names, epoch, seat.since_s if seat else time.monotonic())
+        came_s = seat.came_s if seat else time.time()
+        self.seats[request.session] = Seat(request.lease, names, epoch, came_s)
         self.counts["recovered" if request.epoch is not None else "resumed" if seat else "admitted"] += 1
         return Route(
             **{stage: member.handle for stage, member in members.items()},
@@ -137,10 +140,11 @@ class PoolManager:
             previous=self.members[seat.members["denoise"]].handle if seat else None,
         )
 
-    async def rest(self, session: str) -> None:
+    async def rest(self, session: str, epoch: int) -> None:
         """The session has nothing to do for a while: somebody else may have its place."""
-        if session in self.seats:
-            self.seats[session] = replace(self.seats[session], is_idle=True)
+        seat = self.seats.get(session)
+        if seat is not None and seat.epoch == epoch:
+            self.seats[session] = replace(seat, is_idle=True)
 
     async def wake(self, request: SeatRequest) -> Waiting | None:
         """The session wants a place again. None when it has one, or was never without."""
@@ -167,13 +171,15 @@ class PoolManager:
         seat = self.seats.get(session)
         if seat is not None and (last_epoch is None or seat.epoch <= last_epoch):
             del self.seats[session]
-            self.line = self.line.stayed(time.monotonic() - seat.since_s)
+            self.line = self.line.stayed(max(time.time() - seat.came_s, 0.0))
         for member in self._hosts("denoise"):
             member.handle.close_session.remote(session, last_epoch)
 
     async def status(self) -> dict[str, Any]:
         """The house as it is, for people: see docs/observability.md."""
         is_ready = self.settled.is_set() and self.failure is None
+        lately_s = time.monotonic() - SILENT_S
+        replicas = [told for lease, told in self.replicas.items() if self.leases.get(lease, 0.0) > lately_s]
         return {
             "ready": is_ready,
             "reason": None if self.failure is None else str(self.failure),
@@ -184,9 +190,9 @@ class PoolManager:
             "num_queued": len(self.line.since_s),
             "members": [member_status(member, self.seats.values()) for member in self.members.values()],
             "manager": manager_status(time.monotonic() - self.started_s),
-            "replicas": [replica_status(replica) for replica in self.replicas.values()],
-            "sessions": session_statuses(self.replicas.values(), self.seats),
-            "counts": all_counts(self.counts, self.replicas.values()),
+            "replicas": [replica_status(replica) for replica in replicas],
+            "sessions": session_statuses(replicas, self.seats),
+            "counts": all_counts(self.counts, replicas),
         }
 
     @property
@@ -203,8 +209,10 @@ class PoolManager:
         return num_places(reports, settings.target_fps, chunk_frames, settings.max_batch, MAX_SESSIONS)
 
     def _wait_in_line(self, request: SeatRequest) -> Waiting | None:
-        """None where it is this session's turn and there is a place. Raises PoolBusy."""
-        line = self.line.ask(request.session, request.since_s, time.monotonic())
+        """None where it has its turn and there is a place. Who had one before comes first. Raises PoolBusy."""
+        seat = self.seats.get(request.session)
+        since_s = request.since_s if seat is None else seat.came_s
+        line = self.line.ask(request.session, since_s, time.monotonic())
         places, waiting = self.places, line.waiting(request.session, self.places)
         if waiting.position <= places - self.num_active:
             self.line = line.without(request.session)
@@ -347,7 +355,7 @@ class PoolManager:
             for record in member.report.sessions if member.report else ():
                 self.leases.setdefault(record.lease, time.monotonic())
                 members = names | {"denoise": member.plan.name}
-                self.seats.setdefault(record.session, Seat(record.lease, members, record.epoch, time.monotonic()))
+                self.seats.setdefault(record.session, Seat(record.lease, members, record.epoch, time.time()))
         assert self.config is not None
         if not self.seats:
             await self._warm_up()

@@ -145,7 +145,11 @@ class Pool:
         return await self._begin(Session(self, session, ray.put(portrait), 0, listener, route), snapshot)
 
     def park(self, session: str, epoch: int, seconds: float) -> None:
-        """Closes a session whose client has vanished, unless it comes back within so many seconds."""
+        """Closes a session whose client has vanished, unless it comes back within so many seconds.
+
+        Its place is free for others meanwhile; when it comes back it is the first in line.
+        """
+        self._start(self._ask("rest", session, epoch))
         while len(self._parked) >= MAX_PARKED:
             oldest = next(iter(self._parked))
             self._unpark(oldest)
@@ -323,7 +327,7 @@ class Session:
 
     async def rest(self) -> None:
         """Gives the place back, while nothing is in flight: `wake` asks for it again."""
-        await self._pool._ask("rest", self.id)
+        await self._pool._ask("rest", self.id, self.epoch)
 
     async def wake(self) -> None:
         """Waits for a place after `rest`. Raises PoolBusy."""

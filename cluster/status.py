@@ -49,7 +49,8 @@ class Seat:
     lease: str
     members: Mapping[str, str]
     epoch: int
-    since_s: float
+    came_s: float
+    """When it was seated first, on the wall clock."""
     is_idle: bool = False
     """It keeps its members' state, but not its place."""
 

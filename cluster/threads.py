@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-SLOWER, FASTER = 0.2, 0.01
-"""Weights of a newer time: what a call takes under load is learned quickly, and not forgotten in a quiet minute."""
+SLOWER, FASTER = 0.1, 0.03
+"""Weights of a newer time: what a call takes under load is learned sooner than it is forgotten in a quiet moment."""
 
 
 class StageThread:

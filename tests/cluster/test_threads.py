@@ -31,11 +31,11 @@ async def test_an_error_comes_out_and_counts_as_no_call() -> None:
     assert thread.call_ms == {} and thread.stuck_s == 0
 
 
-def test_slowness_is_learned_quickly_and_forgotten_slowly() -> None:
+def test_slowness_is_learned_sooner_than_it_is_forgotten() -> None:
     ms = learn(None, 100.0)
-    for _ in range(20):
+    for _ in range(30):
         ms = learn(ms, 200.0)
-    assert ms > 195
-    for _ in range(20):
+    assert ms > 190
+    for _ in range(30):
         ms = learn(ms, 100.0)
-    assert ms > 175
+    assert 130 < ms < 150
