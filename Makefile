@@ -46,5 +46,5 @@ $(VENV)/.server: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.all: $(BIN)/python pyproject.toml constraints.txt
-	$(INSTALL) ".[train,test]"
+	$(INSTALL) ".[train,test,bench]"
 	@touch $@ $(VENV)/.server

@@ -56,8 +56,7 @@ class Job:
 class Hosted:
     """A session on this member."""
 
-    key: SessionKey
-    lease: str
+    record: SessionRecord
     state: Any
     """The WindowState, opaque here."""
     motion: MotionState
@@ -66,6 +65,10 @@ class Hosted:
     progress: Progress
     jobs: dict[int, Job] = field(default_factory=dict)
     """Waiting chunks by number."""
+
+    @property
+    def key(self) -> SessionKey:
+        return self.record.key
 
 
 class Engine:
@@ -83,14 +86,12 @@ class Engine:
         self.wake = asyncio.Event()
         self.tasks: set[asyncio.Task[None]] = set()
 
-    def open(
-        self, key: SessionKey, lease: str, state: Any, motion: MotionState, encode_keyframe: EncodeKeyframe
-    ) -> None:
+    def open(self, record: SessionRecord, state: Any, motion: MotionState, encode_keyframe: EncodeKeyframe) -> None:
         """Takes a session in; an earlier life of it (a smaller epoch) ends.
 
         Raises PoolFull, and SessionMoved where a later life of it is here.
         """
-        session, epoch = key
+        session, epoch = record.key
         if any(other == session and later > epoch for other, later in self.sessions):
             raise SessionMoved("the session was opened again on another connection")
         self.close(session, SessionMoved("the session was opened again"))
@@ -98,7 +99,7 @@ class Engine:
             raise PoolFull(f"this member holds {MAX_SESSIONS} sessions; try again when one has ended")
         # One call for each chunk, so the next chunk's number is that of the calls so far.
         progress = Progress(next_number=state.num_calls)
-        self.sessions[key] = Hosted(key, lease, state, motion, encode_keyframe, progress)
+        self.sessions[record.key] = Hosted(record, state, motion, encode_keyframe, progress)
 
     async def release(self, session: str) -> SessionSnapshot:
         """Forgets a session and returns how far it was. Raises MemberLost if it is not here."""
@@ -117,7 +118,7 @@ class Engine:
 
     def records(self) -> list[SessionRecord]:
         """The sessions that live here."""
-        return [SessionRecord(*key, hosted.lease) for key, hosted in self.sessions.items()]
+        return [hosted.record for hosted in self.sessions.values()]
 
     async def submit(self, key: SessionKey, number: int, chunk: MotionChunk, motion: MotionState, due_s: float) -> Done:
         """One chunk through its session's window, when its turn has come; `motion`: the motion stage's state after it.

@@ -12,10 +12,13 @@ import asyncio
 import importlib
 import logging
 import os
+import sys
+import threading
 import time
 import uuid
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +30,7 @@ from cluster.batcher import Batcher, Done
 from cluster.engine import EncodeKeyframe, Engine
 from cluster.errors import SessionClosed
 from cluster.memory import Releaser, freeze
-from cluster.messages import DecodedChunk, Life, MemberReport, SessionKey, SessionSnapshot, Staged
+from cluster.messages import DecodedChunk, Life, MemberReport, SessionKey, SessionRecord, SessionSnapshot, Staged
 from cluster.metrics import MemberMetrics, on_ray, record_call, rss_mb
 from cluster.placement import MemberPlan
 from cluster.settings import PoolSettings
@@ -102,29 +105,23 @@ class Member:
         return await self._run("reference", "keyframe", keyframe)
 
     async def open_session(
-        self,
-        key: SessionKey,
-        lease: str,
-        portrait: PortraitFeatures,
-        motion: MotionState,
-        seed: int,
-        reference: Any,
+        self, record: SessionRecord, portrait: PortraitFeatures, motion: MotionState, seed: int, reference: Any
     ) -> None:
         """Makes the session's window; it lives here until closed or lost. `reference` encodes its keyframes.
 
         Raises PoolFull and SessionMoved.
         """
         state = await self._run("denoise", "open", portrait, motion.portrait_tokens, seed)
-        self._loaded_engine().open(key, lease, state, motion, _encoder(reference))
+        self._loaded_engine().open(record, state, motion, _encoder(reference))
 
     async def restore_session(
-        self, key: SessionKey, lease: str, portrait: PortraitFeatures, snapshot: SessionSnapshot, reference: Any
+        self, record: SessionRecord, portrait: PortraitFeatures, snapshot: SessionSnapshot, reference: Any
     ) -> None:
         """As `open_session`, for one that goes on from a snapshot."""
         encode = _encoder(reference)
         keyframes = [await encode(keyframe) for keyframe in snapshot.window.keyframes]
         state = await self._run("denoise", "restore", portrait, keyframes, snapshot.window)
-        self._loaded_engine().open(key, lease, state, snapshot.motion, encode)
+        self._loaded_engine().open(record, state, snapshot.motion, encode)
 
     async def release_session(self, session: str) -> SessionSnapshot:
         """Forgets a session and returns how far it was, for another replica to go on. Raises MemberLost."""
@@ -161,11 +158,14 @@ class Member:
 
     async def _load(self) -> Any:
         started_s = time.perf_counter()
-        thread = next(iter(self.threads.values()))
-        await thread.run(import_stages, self.settings)
-        imported_s = time.perf_counter()
-        stages = await thread.run(load_stages, self.plan, self.settings)
-        loaded_s = time.perf_counter()
+        # A stand-in is there, and works for the sessions of this member: its start must not be felt.
+        has_time = self.settings.spare_members > 0
+        with ThreadPoolExecutor(1, "load", yield_to_others if has_time else None) as thread:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(thread, import_stages, self.settings)
+            imported_s = time.perf_counter()
+            stages = await loop.run_in_executor(thread, load_stages, self.plan, self.settings)
+            loaded_s = time.perf_counter()
         imports_ms, weights_ms = (imported_s - started_s) * 1e3, (loaded_s - imported_s) * 1e3
         self.life = replace(self.life, imports_ms=imports_ms, weights_ms=weights_ms)
         max_batch = self.settings.max_batch
@@ -225,6 +225,12 @@ def _encoder(reference: Any) -> EncodeKeyframe:
 
 def _stage_ms(stage: str, work_ms: float, wait_ms: float) -> dict[str, float]:
     return {stage: work_ms, f"{stage}_wait": wait_ms}
+
+
+def yield_to_others() -> None:
+    """Lets this thread, and not its process, work only when nothing else wants to; where the system can do that."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def import_stages(settings: PoolSettings) -> None:

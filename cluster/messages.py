@@ -61,11 +61,17 @@ class Life:
 
 @dataclass(frozen=True)
 class SessionRecord:
-    """A session as its denoise member knows it: for a manager that has lost its table."""
+    """A life of a session as its denoise member keeps it: for a manager that has lost its table."""
 
     session: str
     epoch: int
     lease: str
+    members: Mapping[str, str]
+    """Names by stage."""
+
+    @property
+    def key(self) -> SessionKey:
+        return self.session, self.epoch
 
 
 @dataclass(frozen=True)

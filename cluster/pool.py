@@ -348,14 +348,12 @@ class PoolManager:
 
     async def _adopt(self) -> None:
         """When all members are up: the sessions that they already hold, from before a restart of this manager."""
-        for member in self._workers():
+        for member in self.members.values():
             await member.up.wait()
-        names = {stage: self._workers(stage)[0].plan.name for stage in STAGES}
         for member in self._hosts("denoise"):
             for record in member.report.sessions if member.report else ():
                 self.leases.setdefault(record.lease, time.monotonic())
-                members = names | {"denoise": member.plan.name}
-                self.seats.setdefault(record.session, Seat(record.lease, members, record.epoch, time.time()))
+                self.seats.setdefault(record.session, Seat(record.lease, record.members, record.epoch, time.time()))
         assert self.config is not None
         if not self.seats:
             await self._warm_up()
@@ -367,8 +365,6 @@ class PoolManager:
         """All members do some work before the first person comes; one that dies at it will do so later."""
         assert self.config is not None
         spares = [member for member in self.members.values() if member.plan.is_spare]
-        for spare in spares:
-            await spare.up.wait()
         teams = [{stage: self._workers(stage)[0].handle for stage in STAGES}]
         teams += [dict.fromkeys(STAGES, spare.handle) for spare in spares]
         for team in teams:

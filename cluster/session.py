@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from cluster.errors import BadChunk, MemberLost, PoolFailed, SessionClosed
-from cluster.messages import DecodedChunk, Route, SeatRequest, SessionSnapshot, Waiting
+from cluster.messages import DecodedChunk, Route, SeatRequest, SessionRecord, SessionSnapshot, Waiting
 from cluster.placement import Node, plan_pool
 from cluster.pool import NAMESPACE, PoolManager
 from cluster.settings import PoolSettings, absolute, pool_name
@@ -401,14 +401,14 @@ class Session:
             self._submit(chunk)
 
     async def _open_window(self, route: Route) -> None:
-        key, lease, snapshot = (self.id, route.epoch), self._pool.lease, self._snapshot
+        record, snapshot = SessionRecord(self.id, route.epoch, self._pool.lease, route.names), self._snapshot
         features = route.reference.open_reference.remote(self._portrait)
         if snapshot is None:
             self._motion = route.motion.open_motion.remote(self._portrait)
-            opened = route.denoise.open_session.remote(key, lease, features, self._motion, self._seed, route.reference)
+            opened = route.denoise.open_session.remote(record, features, self._motion, self._seed, route.reference)
         else:
             self._motion = ray.put(snapshot.motion)
-            opened = route.denoise.restore_session.remote(key, lease, features, snapshot, route.reference)
+            opened = route.denoise.restore_session.remote(record, features, snapshot, route.reference)
         await opened
 
     def _submit(self, chunk: Chunk) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.messages import SessionRecord
 from stages.config import ModelConfig
 from stages.messages import MotionState, Pose
 
@@ -26,13 +27,13 @@ async def warm_up(config: ModelConfig, members: Mapping[str, Any]) -> None:
     size_px, window = config.size_px, config.window
     portrait = np.full((size_px, size_px, 3), 128, np.uint8)
     frames = np.stack([portrait] * window.chunk_frames)
-    motion, due_s, key = blank_motion(config), time.time(), (SESSION, 0)
+    motion, due_s, record = blank_motion(config), time.time(), SessionRecord(SESSION, 0, SESSION, {})
     features = members["reference"].open_reference.remote(portrait)
-    await members["denoise"].open_session.remote(key, SESSION, features, motion, 0, members["reference"])
+    await members["denoise"].open_session.remote(record, features, motion, 0, members["reference"])
     started_s = time.monotonic()
     for number in range(NUM_CHUNKS):
         motion, moved = members["motion"].motion.remote(motion, frames, due_s)
-        clean, _ = members["denoise"].denoise.remote(key, number, moved, motion, due_s)
+        clean, _ = members["denoise"].denoise.remote(record.key, number, moved, motion, due_s)
         await members["decode"].decode.remote(clean, due_s)
         if time.monotonic() - started_s > MAX_S:
             break

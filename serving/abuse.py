@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import io
+import ipaddress
 import itertools
 import json
 import struct
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -24,11 +28,14 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from serving import protocol
-from serving.client import URL
+from serving.client import URL, ServerError
 from serving.codec import encode
+from stages.errors import UserError
 from stages.portraits import bundled_portraits, read_bundled_portrait
 
 ANSWER_S = 60.0
+CLOSE_S = 1.0
+"""A bad client waits no longer for a farewell that it may not be reading."""
 NUM_WARM_UP = 20
 """Memory is compared with that after so many sessions: by then every code path has been walked once."""
 SERVER_TITLES = ("ray::ServeReplica", "ray::Member", "ray::PoolManager")
@@ -36,11 +43,26 @@ SERVER_TITLES = ("ray::ServeReplica", "ray::Member", "ray::PoolManager")
 Abuse = Callable[[ClientConnection], Coroutine[Any, Any, None]]
 
 
+def check_is_local(url: str, allow_remote: bool) -> None:
+    """Raises UserError where the address is not this machine's: what is here is for servers of one's own."""
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(ValueError):
+        if allow_remote or host == "localhost" or ipaddress.ip_address(host).is_loopback:
+            return
+    raise UserError(f"{host or url} is not this machine: if the server there is yours, say --allow-remote")
+
+
 def picture_file(width: int, height: int) -> bytes:
     """A PNG of this size, however large, in a few kilobytes."""
     buffer = io.BytesIO()
     Image.new("1", (width, height)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@functools.cache
+def huge_picture() -> bytes:
+    """The largest WebP that is taken, in a few kilobytes."""
+    return encode(np.full((2048, 2048, 3), 128, np.uint8), "webp", 10)
 
 
 def a_frame(seq: int, side: int = 64, payload: bytes | None = None) -> str | bytes:
@@ -60,10 +82,11 @@ def a_hello(
 async def open_session(
     socket: ClientConnection, mode: protocol.Mode = "live", codec: protocol.CodecName = "jpeg"
 ) -> None:
-    """Says hello and waits for ready."""
+    """Says hello and waits for ready. Raises ServerError when the server ends the session instead."""
     await socket.send(a_hello(mode=mode, codec=codec))
-    while not isinstance(protocol.parse_server(await socket.recv())[0], protocol.Ready):
-        pass
+    while not isinstance(message := protocol.parse_server(await socket.recv())[0], protocol.Ready):
+        if isinstance(message, protocol.Error) and message.fatal:
+            raise ServerError(message.message, message.code)
 
 
 def first_word(data: str | bytes) -> Abuse:
@@ -111,9 +134,8 @@ async def stop_reading(socket: ClientConnection) -> None:
 async def send_huge_pictures(socket: ClientConnection) -> None:
     """The largest pictures that are taken, in a few kilobytes each, as fast as they are no flood; then leaves."""
     await open_session(socket, codec="webp")
-    payload = encode(np.full((2048, 2048, 3), 128, np.uint8), "webp", 10)
     for seq in range(200):
-        await socket.send(protocol.pack(protocol.DrivingFrame(seq, float(seq)), payload))
+        await socket.send(a_frame(seq, payload=huge_picture()))
         await asyncio.sleep(1 / 200)
     await socket.send(protocol.pack(protocol.Bye()))
 
@@ -155,11 +177,13 @@ ABUSES: dict[str, tuple[Abuse, str | None]] = {
 
 async def told(url: str, abuse: Abuse) -> str | None:
     """Plays one bad client; returns the code of the server's fatal error, if it came."""
-    async with connect(url, max_size=None, compression=None, open_timeout=ANSWER_S) as socket:
+    async with connect(url, max_size=None, compression=None, open_timeout=ANSWER_S, close_timeout=CLOSE_S) as socket:
         abusing = asyncio.create_task(abuse(socket))
         try:
             async with asyncio.timeout(ANSWER_S):
                 await asyncio.wait([abusing])
+                if isinstance(refusal := abusing.exception(), ServerError):
+                    return refusal.code
                 return await _fatal_code(socket)
         finally:
             abusing.cancel()

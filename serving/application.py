@@ -115,8 +115,16 @@ class Ingress:
         return build_api(backend, self._settings, replica)
 
 
-# An ingress only moves and packs frames; whole CPUs for it would leave none for the members on a small machine.
-INGRESS = serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0.1}, graceful_shutdown_timeout_s=10)(Ingress)
+INGRESS = serve.deployment(
+    name="Ingress",
+    ray_actor_options={
+        # An ingress only moves and packs frames; whole CPUs would leave none for the members on a small machine.
+        "num_cpus": 0.1,
+        # By default Ray waits a second for the cause of a member's death before it reports it. The cause is not asked.
+        "runtime_env": {"env_vars": {"RAY_timeout_ms_task_wait_for_death_info": "50"}},
+    },
+    graceful_shutdown_timeout_s=10,
+)(Ingress)
 
 
 def app(settings: Settings) -> serve.Application:

@@ -8,13 +8,18 @@ writes nothing of them to the process's log. The largest frames take 0.1 s: the 
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from serving.protocol import CodecName, ProtocolError
+from stages.jpeg import MAX_SCANS, num_scans
 from stages.messages import Pixels
+
+# Pillow's remarks on damaged pictures have what a client wrote in them, and Python keeps every one that it has shown.
+warnings.filterwarnings("ignore", module="PIL")
 
 MAX_FRAME_PIXELS = 4 * 2**20
 MIN_FRAME_SIDE_PX = 16
@@ -63,6 +68,8 @@ def decode(data: bytes | memoryview, codec: CodecName, width: int | None = None,
     size = frame_size(data, codec, width, height)
     if codec == "raw":
         return np.frombuffer(data, np.uint8).reshape(size[1], size[0], 3)
+    if codec == "jpeg" and num_scans(bytes(data)) > MAX_SCANS:
+        raise ProtocolError(f"a frame has more than {MAX_SCANS} scans: save it as a usual JPEG", "bad_frame")
     try:
         image = Image.open(io.BytesIO(data), formats=(FORMATS[codec],))
         if image.size != size:

@@ -54,6 +54,9 @@ class Connection:
                 await self._send(message, payload)
         except TimeoutError:
             raise ProtocolError("nothing was read for too long: read what is sent", "stalled") from None
+        except RuntimeError:
+            # The transport has closed the socket by itself, as for text that is no UTF-8.
+            raise WebSocketDisconnect(1006) from None
 
     async def finish(self, message: protocol.ServerMessage | None) -> None:
         """The last word, if any, and the end of the socket, which may be gone already."""

@@ -106,7 +106,7 @@ class Session:
         self._next_pong_s = float("-inf")
         self._clock: clock.Clock | None = None
         self._delays = DelayWindow()
-        self._has_vanished = False
+        self._has_vanished = self._knows_token = False
         self._started_s = time.monotonic()
 
     async def run(self) -> protocol.Ended:
@@ -201,7 +201,9 @@ class Session:
             intake = Intake(self._hello, pipeline.config)
             delivery = Delivery(pipeline.config.window, self._hello.mode, self._settings.max_chunks_in_flight)
             self.stream, self._intake, self._delivery = stream, intake, delivery
+            self._knows_token = is_resumed
             await self._say_ready(token, is_resumed, pipeline.config, delivery.credit)
+            self._knows_token = self._hello.mode == "live"
             size_px = pipeline.config.size_px
             feeding = self._feed(stream, intake, delivery, size_px)
             await all_of(feeding, self._collect(delivery), self._send_outputs(delivery))
@@ -209,7 +211,7 @@ class Session:
             self._has_vanished = True
             raise
         finally:
-            if self._has_vanished and self._hello.mode == "live" and self._settings.resume_s:
+            if self._has_vanished and self._knows_token and self._settings.resume_s:
                 stream.park(self._settings.resume_s)
             else:
                 await stream.close()

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from stages.errors import BadPortrait
+from stages.jpeg import MAX_SCANS, num_scans
 from stages.messages import Pixels
 
 ASSETS = Path(__file__).parent / "assets"
@@ -141,6 +142,8 @@ def _open(data: bytes) -> Image.Image:
         raise BadPortrait(f"the portrait has more than {MAX_PIXELS} pixels: save it smaller") from None
     except Exception as error:  # a damaged header can raise anything
         raise BadPortrait(f"the portrait is not a picture in {', '.join(FORMATS)}: save it as one") from error
+    if image.format in ("JPEG", "MPO") and num_scans(data) > MAX_SCANS:
+        raise BadPortrait(f"the portrait has more than {MAX_SCANS} scans: save it as a usual JPEG or PNG")
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadPortrait(f"the portrait is {width}x{height}, at most {MAX_PIXELS} pixels are taken: save it smaller")

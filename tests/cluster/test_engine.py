@@ -12,7 +12,7 @@ from cluster import engine as engine_module
 from cluster.artificial import CONFIG, ArtificialDenoise, ArtificialMotion, ArtificialReference, ArtificialWindow
 from cluster.engine import Done, EncodeKeyframe, Engine
 from cluster.errors import MemberLost, PoolFull, SessionClosed, SessionMoved, StaleChunk
-from cluster.messages import SessionKey
+from cluster.messages import SessionKey, SessionRecord
 from cluster.threads import StageThread
 from stages.messages import Keyframe, MotionChunk, ReferenceFeatures
 
@@ -53,7 +53,7 @@ class Reference:
 def seat(
     engine: Engine, key: SessionKey, keyframe: EncodeKeyframe | None = None, state: Any = ArtificialWindow()
 ) -> None:
-    engine.open(key, "lease", state, MOTION.open(FRAMES[0]), keyframe or Reference().keyframe)
+    engine.open(SessionRecord(*key, "lease", {}), state, MOTION.open(FRAMES[0]), keyframe or Reference().keyframe)
 
 
 async def send(engine: Engine, key: SessionKey, number: int, chunk: MotionChunk = CHUNK) -> Done:

@@ -1,7 +1,10 @@
 import contextlib
 import io
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +69,12 @@ def test_the_size_is_known_before_a_pixel_is_decoded(codec):
         assert frame_size(data[: len(data) * 2 // 3], codec) == (64, 48)
 
 
+def saved(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
 def chunk(kind, data=b""):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -90,6 +99,30 @@ def test_a_header_that_costs_much_to_read_is_refused_without_reading_it(data, co
     with pytest.raises(ProtocolError) as refused:
         frame_size(data, codec)
     assert refused.value.code == "bad_frame"
+
+
+def test_a_jpeg_with_endless_scans_is_refused_before_it_is_decoded():
+    # Each scan has 16 bytes and costs a walk over all pixels: this would take 3 s, and a whole message of them minutes.
+    whole = saved(Image.new("RGB", (2048, 2048)), "JPEG", progressive=True)
+    last_scan = whole[whole.rfind(b"\xff\xda") : -2]
+    assert decode(whole[:-2] + last_scan * 20 + whole[-2:], "jpeg").shape == (2048, 2048, 3)
+    with pytest.raises(ProtocolError, match="scans") as refused:
+        decode(whole[:-2] + last_scan * 1000 + whole[-2:], "jpeg")
+    assert refused.value.code == "bad_frame"
+
+
+def test_damaged_metadata_leaves_no_remark_in_the_log(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "a camera with a name longer than four bytes"
+    whole = saved(Image.fromarray(FRAME), "JPEG", exif=exif)
+    # The tag's text now lies behind the end.
+    damaged = whole.replace(struct.pack(">HHI", 0x010F, 2, 44), struct.pack(">HHI", 0x010F, 2, 9999))
+    assert damaged != whole
+    (tmp_path / "frame.jpg").write_bytes(damaged)
+    code = "import sys; from serving.codec import decode; decode(open(sys.argv[1], 'rb').read(), 'jpeg')"
+    command = [sys.executable, "-c", code, str(tmp_path / "frame.jpg")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("lossless", [True, False])

@@ -693,3 +693,26 @@ async def test_without_the_time_of_showing_the_delay_comes_from_the_clocks_offse
             while (delay_ms := session.status("here")["delay_ms"]["p50"]) is None:
                 await asyncio.sleep(0.02)
         assert 100 < delay_ms < 2000
+
+
+async def test_a_transport_that_the_server_closes_by_itself_is_a_client_that_has_gone(echo_server, portrait, caplog):
+    server = await echo_server()
+    async with connect(server.url) as socket:
+        await say(socket, portrait)
+        for _ in range(5):
+            await socket.send("{}")
+        await socket.send(b"\xff", text=True)
+        await socket.wait_closed()
+        await server.until_closed()
+    assert "failed" not in caplog.text
+
+
+async def test_who_vanishes_before_it_knows_its_token_leaves_no_session_behind(echo_server, portrait):
+    server = await echo_server(open_s=0.2)
+    async with connect(server.url) as socket:
+        await socket.send(hello(portrait))
+        await asyncio.sleep(0.1)
+        socket.transport.abort()
+    await asyncio.sleep(0.3)
+    await server.until_closed()
+    assert not any(stream.parked for stream in server.pool.streams)
