@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 # Settings of the server, such as `make serve ARGS="weights=/path num_replicas=2"`.
 ARGS ?=
 
-.PHONY: help venv serve test test-system lint format clean
+.PHONY: help venv serve serve-haproxy test test-system lint format clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -14,6 +14,9 @@ help: ## List the targets.
 
 serve: $(VENV)/.server ## Install what the server needs and start it; it prints the page's address when ready.
 	$(BIN)/serve run serving:app $(ARGS)
+
+serve-haproxy: $(VENV)/.server ## The same for many people: HAProxy in front of two ingress replicas (docs/hosting.md).
+	set -a; . cluster/haproxy.env; set +a; $(BIN)/serve run cluster/service.yaml
 
 venv: $(VENV)/.all ## Build .venv with everything: server, training, tests.
 

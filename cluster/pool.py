@@ -157,10 +157,11 @@ class PoolManager:
             self.seats[request.session] = replace(seat, is_idle=False)
         return waiting
 
-    async def knows(self, session: str) -> bool:
-        """Whether the session has a seat: one that comes back with its token can go on."""
+    async def epoch(self, session: str) -> int | None:
+        """Of the session's present life; None: it has no seat, and cannot go on."""
         await self._settle()
-        return session in self.seats
+        seat = self.seats.get(session)
+        return None if seat is None else seat.epoch
 
     async def close(self, session: str, last_epoch: int | None = None) -> None:
         """Forgets a session here and on the denoise members: all of them, in case its seat was lost in a restart.

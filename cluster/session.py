@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-from cluster.errors import BadChunk, MemberLost, PoolFailed, SessionClosed
+from cluster.errors import BadChunk, MemberLost, PoolFailed, SessionClosed, SessionMoved
 from cluster.messages import DecodedChunk, Route, SeatRequest, SessionRecord, SessionSnapshot, Waiting
 from cluster.placement import Node, plan_pool
 from cluster.pool import NAMESPACE, PoolManager
@@ -131,7 +131,7 @@ class Pool:
         _check_portrait(portrait, self.config)
         listener = listener or Deaf()
         self._unpark(session)
-        if not await self._ask("knows", session):
+        if await self._ask("epoch", session) is None:
             return None
         try:
             route = await self.wait_for_place("open", SeatRequest(session, self.lease, time.time()), listener)
@@ -369,6 +369,9 @@ class Session:
         return decoded
 
     async def _recover(self, lost: MemberLost) -> None:
+        # A member that lives and does not know the session any more may have given it to another replica.
+        if lost.actor_id is None and (await self._pool._ask("epoch", self.id) or 0) > self.epoch:
+            raise SessionMoved("the session goes on on another connection")
         self._has_members = False
         if self._interruption is None:
             self._interruption = Interruption(time.time(), self._route)

@@ -123,7 +123,10 @@ INGRESS = serve.deployment(
         # By default Ray waits a second for the cause of a member's death before it reports it. The cause is not asked.
         "runtime_env": {"env_vars": {"RAY_timeout_ms_task_wait_for_death_info": "50"}},
     },
-    graceful_shutdown_timeout_s=10,
+    # New replicas come before old ones go, and these have time to send their clients to them.
+    max_surge_percent=100,
+    graceful_shutdown_timeout_s=20,
+    health_check_period_s=2,
 )(Ingress)
 
 

@@ -20,6 +20,7 @@ class Replica:
     def __init__(self, name: str, metrics: IngressMetrics):
         self.name = name
         self.sessions: set[Session] = set()
+        self.draining = asyncio.Event()
         self._tally = Tally()
         self.metrics = self._tally.along(metrics)
 
@@ -41,5 +42,6 @@ class Replica:
         }
 
     async def announce_draining(self) -> None:
-        """Tells all clients to go to another replica."""
+        """Tells all clients to go to another replica, and those too who only now become ready."""
+        self.draining.set()
         await asyncio.gather(*(session.announce_draining() for session in self.sessions))

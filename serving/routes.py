@@ -102,7 +102,7 @@ def _add_health(api: FastAPI, backend: Backend) -> None:
 
 def _add_stream(api: FastAPI, backend: Backend, settings: Settings, replica: Replica) -> None:
     portrait_thread = ThreadPoolExecutor(1, thread_name_prefix="portrait")
-    surroundings = Surroundings(backend.connect, settings, portrait_thread, replica.metrics)
+    surroundings = Surroundings(backend.connect, settings, portrait_thread, replica.metrics, replica.draining)
     releaser = Releaser()
 
     @api.websocket("/v1/stream")

@@ -62,6 +62,8 @@ class Surroundings:
     portrait_thread: Executor
     """For portraits: they may have 40 megapixels, so they are decoded one at a time, and not among frames."""
     metrics: IngressMetrics
+    draining: asyncio.Event
+    """Set when the replica is being replaced."""
 
 
 async def serve_session(session: Session) -> None:
@@ -92,7 +94,7 @@ class Session:
         self.stream: Stream | None = None
         self.is_queued = self.is_idle = False
         self._connect, self._settings = surroundings.connect, surroundings.settings
-        self._portrait_thread = surroundings.portrait_thread
+        self._portrait_thread, self._draining = surroundings.portrait_thread, surroundings.draining
         self._metrics, self._meter = surroundings.metrics, SessionMeter(surroundings.metrics)
         self._hello = protocol.Hello(protocol=protocol.PROTOCOL)
         self._portrait_file = b""
@@ -203,6 +205,8 @@ class Session:
             self.stream, self._intake, self._delivery = stream, intake, delivery
             self._knows_token = is_resumed
             await self._say_ready(token, is_resumed, pipeline.config, delivery.credit)
+            if self._draining.is_set():
+                await self.announce_draining()
             self._knows_token = self._hello.mode == "live"
             size_px = pipeline.config.size_px
             feeding = self._feed(stream, intake, delivery, size_px)
