@@ -5,7 +5,7 @@
         async for frame in client:
             ...
 
-The command writes the output as a video and prints rates and delays. No Ray, no torch.
+The command writes the output as a video and prints rates and delays. Called by `serving.bench` too. No Ray, no torch.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import contextlib
 import json
 import math
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
 from serving import protocol, report
 from serving.codec import decode, encode
+from serving.line import Event, LastingLine, Line, ServerError, UnreachableError, now_ms
 from serving.protocol import CodecName, Mode
 from serving.report import Receipt
 from serving.tasks import all_of
@@ -45,31 +45,21 @@ from stages.video import (
 )
 
 URL = "ws://127.0.0.1:8000/v1/stream"
-OPEN_TIMEOUT_S = 20.0
-
-
-class ServerError(UserError):
-    """The server ended the session. `code` is from the table in docs/protocol.md."""
-
-
-class UnreachableError(UserError):
-    """There is no server, or it went away without a word."""
-
-    code = "no_connection"
-
-
-def now_ms() -> float:
-    """The client's clock, for capture times and receipts."""
-    return time.perf_counter() * 1000
 
 
 @dataclass(frozen=True)
 class ReceivedOutput:
-    """An output frame with its picture."""
+    """An output frame as it came; its picture is decoded when it is first asked for."""
 
-    rgb: Pixels
     message: protocol.OutputFrame
     received_ms: float
+    payload: memoryview
+    codec: CodecName
+
+    @cached_property
+    def rgb(self) -> Pixels:
+        """The picture. Raises ProtocolError where the payload is none."""
+        return decode(self.payload, self.codec, self.message.width, self.message.height)
 
     @property
     def delay_ms(self) -> float | None:
@@ -80,7 +70,11 @@ class ReceivedOutput:
 class Client:
     """One session: enter it, send frames, iterate over output. Both may run at the same time in two tasks.
 
-    `portrait`: a picture file's bytes, or a bundled portrait's name. Raises UnreachableError and ServerError.
+    `portrait`: a picture file's bytes, or a bundled portrait's name. A live session whose connection breaks, or whose
+    replica is being replaced, goes on over a new connection; frames sent in between are dropped. It is given up when
+    nothing was heard for `reconnect_s` (0: at once). `decode=False` leaves pictures encoded until their `rgb` is asked
+    for. `on_queued` gets the position and the estimate in seconds while the session waits for a place.
+    Raises UnreachableError and ServerError, on entering and from the iteration.
     """
 
     def __init__(
@@ -92,45 +86,57 @@ class Client:
         codec: CodecName = "jpeg",
         quality: int = 90,
         seed: int = 0,
+        reconnect_s: float = 30.0,
+        decode: bool = True,
+        on_queued: Callable[[int, float], None] | None = None,
     ):
-        name, self._payload = (portrait, b"") if isinstance(portrait, str) else (None, portrait)
+        name, portrait_file = (portrait, b"") if isinstance(portrait, str) else (None, portrait)
         self._url = url
         self._hello = protocol.Hello(protocol.PROTOCOL, name, mode, codec, quality, seed)
-        self.ready: protocol.Ready
-        """Set on entering: sizes, limits, the structural delay."""
+        # Nothing may be missing from a lossless session, so it ends with its connection.
+        lasting_s = reconnect_s if mode == "live" else 0.0
+        self._line = LastingLine(url, self._hello, portrait_file, lasting_s, self._take_remark)
+        self._decode = decode
+        self._on_queued = on_queued
         self.ended: protocol.Ended | None = None
-        """The server's statistics, once iteration has come to its end."""
+        """The server's statistics of the last connection, once iteration has come to its end."""
         self.complaints: list[protocol.Error | protocol.Notice] = []
         """What the server remarked without ending the session."""
-        self._socket: ClientConnection
-        self._inbox: asyncio.Queue[ReceivedOutput | None] = asyncio.Queue()
+        self.dropped: Counter[str] = Counter()
+        """Driving frames that the server dropped, by reason, over all connections."""
+        self.num_unsent = 0
+        """Frames dropped here, since there was no connection."""
+        self._inbox: asyncio.Queue[tuple[Line, ReceivedOutput] | None] = asyncio.Queue()
         self._reading: asyncio.Task[None]
         self._credit_came = asyncio.Event()
         self._credit = 0
-        self._num_sent = 0
-        self._num_shown = 0
+        self._num_frames = 0
+
+    @property
+    def ready(self) -> protocol.Ready:
+        """Sizes, limits and the structural delay, as the server said last; there is none before entering."""
+        return self._line.ready
+
+    @property
+    def events(self) -> list[Event]:
+        """What happened to the session beside its frames, the newest last."""
+        return self._line.events
+
+    @property
+    def num_reconnects(self) -> int:
+        """Connections after the first."""
+        return self._line.num_reconnects
 
     async def __aenter__(self) -> Client:
-        with _no_connection(self._url):
-            self._socket = await connect(
-                self._url, max_size=4 * protocol.MAX_MESSAGE_BYTES, compression=None, open_timeout=OPEN_TIMEOUT_S
-            )
-        try:
-            await self._send(self._hello, self._payload)
-            self.ready = await self._receive_ready()
-        except BaseException:
-            await self._socket.close()
-            raise
+        await self._line.open()
         self._credit = self.ready.credit
         self._reading = asyncio.create_task(self._read())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._reading.cancel()
-        with contextlib.suppress(UserError):
-            if self.ended is None:
-                await self._send(protocol.Bye())
-        await self._socket.close()
+        await asyncio.gather(self._reading, return_exceptions=True)
+        await self._line.close()
 
     async def send(self, rgb: Pixels, capture_ms: float | None = None) -> int:
         """Sends a picture of any size, cropped and resized as the model needs it; returns its sequence number.
@@ -138,26 +144,32 @@ class Client:
         A lossless session waits here for credit. `capture_ms`: on the clock of `now_ms`, by default now.
         """
         captured_ms = now_ms() if capture_ms is None else capture_ms
-        while self._hello.mode == "lossless" and self._num_sent >= self._credit:
+        payload = encode(square_resize(rgb, self.ready.size_px), self._hello.codec, self._hello.quality)
+        return await self.send_encoded(payload, captured_ms)
+
+    async def send_encoded(self, payload: bytes, capture_ms: float | None = None) -> int:
+        """The same with a picture that is already in the session's codec, `ready.size_px` wide and high."""
+        captured_ms = now_ms() if capture_ms is None else capture_ms
+        while self._hello.mode == "lossless" and self._num_frames >= self._credit:
             await self._wait_for_credit()
-        size_px = self.ready.size_px
-        seq, self._num_sent = self._num_sent, self._num_sent + 1
-        payload = encode(square_resize(rgb, size_px), self._hello.codec, self._hello.quality)
-        sides = (size_px, size_px) if self._hello.codec == "raw" else (None, None)
-        await self._send(protocol.DrivingFrame(seq, captured_ms, *sides), payload)
+        seq, self._num_frames = self._num_frames, self._num_frames + 1
+        size_px = self.ready.size_px if self._hello.codec == "raw" else None
+        is_sent = await self._line.send(protocol.DrivingFrame(seq, captured_ms, size_px, size_px), payload)
+        self.num_unsent += not is_sent
         return seq
 
     async def end(self) -> None:
         """No more frames: iteration stops when everything has come out."""
-        await self._send(protocol.End())
+        await self._line.end()
 
     async def __aiter__(self) -> AsyncIterator[ReceivedOutput]:
         """Output frames in order, each reported as shown when the next one is asked for."""
-        while (output := await self._inbox.get()) is not None:
+        while (entry := await self._inbox.get()) is not None:
+            line, output = entry
             yield output
-            self._num_shown += 1
+            line.num_shown += 1
             if self.ended is None:
-                await self._send(protocol.Shown(self._num_shown))
+                await line.send(protocol.Shown(line.num_shown, now_ms()))
         await self._reading
 
     async def _wait_for_credit(self) -> None:
@@ -169,60 +181,41 @@ class Client:
             self._reading.result()
             raise UnreachableError(f"{self._url} ended the session before all frames were sent")
 
-    async def _receive_ready(self) -> protocol.Ready:
-        while True:
-            message, _ = await self._receive()
-            if isinstance(message, protocol.Ready):
-                return message
-            self._take_remark(message)
-
     async def _read(self) -> None:
+        """Takes in what comes, until the server's end."""
         try:
             while self.ended is None:
-                message, payload = await self._receive()
-                received_ms = now_ms()
-                if isinstance(message, protocol.OutputFrame):
-                    rgb = decode(payload, self._hello.codec, message.width, message.height)
-                    self._inbox.put_nowait(ReceivedOutput(rgb, message, received_ms))
-                elif isinstance(message, protocol.Credit):
-                    self._credit = message.frames
-                    self._credit_came.set()
-                elif isinstance(message, protocol.Ended):
-                    self.ended = message
-                else:
-                    self._take_remark(message)
+                self._take(*await self._line.receive())
         finally:
             self._inbox.put_nowait(None)
 
+    def _take(self, line: Line, message: protocol.ServerMessage, payload: memoryview) -> None:
+        match message:
+            case protocol.OutputFrame():
+                output = ReceivedOutput(message, now_ms(), payload, self._hello.codec)
+                if self._decode:
+                    _ = output.rgb
+                self._inbox.put_nowait((line, output))
+                self._count_drops(line, message.dropped)
+            case protocol.Credit():
+                self._credit = message.frames
+                self._credit_came.set()
+            case protocol.Ended():
+                self._count_drops(line, message.dropped)
+                self.ended = message
+            case _:
+                self._take_remark(message)
+
     def _take_remark(self, message: protocol.ServerMessage) -> None:
-        if isinstance(message, protocol.Error) and message.fatal:
-            raise ServerError(message.message, message.code)
-        if isinstance(message, protocol.Error | protocol.Notice):
-            self.complaints.append(message)
+        match message:
+            case protocol.Queued() if self._on_queued is not None:
+                self._on_queued(message.position, message.estimate_s)
+            case protocol.Notice() | protocol.Error():
+                self.complaints.append(message)
 
-    async def _receive(self) -> tuple[protocol.ServerMessage, memoryview]:
-        with _no_connection(self._url):
-            return protocol.parse_server(await self._socket.recv())
-
-    async def _send(self, message: protocol.ClientMessage, payload: bytes = b"") -> None:
-        data = protocol.pack(message, payload)
-        try:
-            await self._socket.send(data)
-        except ConnectionClosed:
-            # The reader knows better why: the server's last word may still lie unread.
-            return
-
-
-@contextlib.contextmanager
-def _no_connection(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (InvalidURI, InvalidHandshake, ValueError) as error:
-        raise UnreachableError(f"{url} is no stream of a PersonaLive server ({error}): check --url") from None
-    except ConnectionClosed as error:
-        raise UnreachableError(f"{url} closed the connection ({error}): connect again") from None
-    except (OSError, TimeoutError) as error:
-        raise UnreachableError(f"{url} cannot be reached ({error}): start the server, or check --url") from None
+    def _count_drops(self, line: Line, dropped: Mapping[str, int]) -> None:
+        self.dropped += Counter(dropped) - Counter(line.dropped)
+        line.dropped = dropped
 
 
 @dataclass
@@ -293,19 +286,23 @@ async def _receive_all(client: Client, run: Run, writer: VideoWriter, bar: Any) 
         bar.update()
 
 
-def make_report(run: Run, ended: protocol.Ended) -> dict[str, Any]:
+def make_report(run: Run, client: Client) -> dict[str, Any]:
     """The figures of a run, with the keys that `--json` prints."""
+    # Unsent ones are counted as drops, so that a run's frames add up also after a connection was lost.
+    dropped = client.dropped + Counter(unsent=client.num_unsent)
     return {
         "fps": report.rate(run.receipts),
         "frames_sent": run.num_sent,
-        "frames_dropped": sum(ended.dropped.values()),
+        "frames_dropped": dropped.total(),
         "frames_received": len(run.receipts),
         "delay_ms": report.percentiles([receipt.delay_ms for receipt in run.receipts]),
         "per_10_s": report.per_10_s(run.receipts),
         "frames_sha256": run.pixels.hexdigest(),
-        "dropped": ended.dropped,
+        "dropped": dict(dropped),
         "no_face_frames": run.num_no_face,
         "stage_ms": report.mean_stage_ms(run.stage_ms),
+        "recoveries": [event.detail for event in client.events if event.name == "recovered"],
+        "reconnects": client.num_reconnects,
     }
 
 
@@ -316,18 +313,31 @@ async def run_client(args: argparse.Namespace) -> dict[str, Any]:
     num_frames = header_num_frames(args.driving)
     total = None if args.seconds or args.loop else num_frames
     frames = driving_frames(args.driving, args.seconds, args.loop)
-    portrait = read_portrait(args.portrait)
-    client = Client(args.url, portrait=portrait, mode=mode, codec=args.codec, quality=args.quality, seed=args.seed)
+    client = Client(
+        args.url,
+        portrait=read_portrait(args.portrait),
+        mode=mode,
+        codec=args.codec,
+        quality=args.quality,
+        seed=args.seed,
+        on_queued=print_place,
+    )
     # A loop has no sound: it would break off where the video starts again.
     writer = VideoWriter(args.out, audio_from=None if args.loop else args.driving)
     # Only closed, never discarded: what was received before an error or an interruption cannot be made again.
-    with contextlib.closing(writer), tqdm(total=total, unit="frame", file=sys.stderr, disable=None) as bar:
+    with contextlib.closing(writer):
         async with client:
-            run = await play(client, frames, mode, writer, bar)
-    assert client.ended is not None, "iteration ends with the server's end"
+            with tqdm(total=total, unit="frame", file=sys.stderr, disable=None) as bar:
+                run = await play(client, frames, mode, writer, bar)
     for complaint in client.complaints:
         print(f"server: {complaint.code}: {complaint.message}", file=sys.stderr)
-    return make_report(run, client.ended)
+    return make_report(run, client)
+
+
+def print_place(position: int, estimate_s: float) -> None:
+    """The place in line; in a terminal over the last one, since waiting may take long."""
+    end = "\x1b[K\r" if sys.stderr.isatty() else "\n"
+    print(f"number {position} in line, about {estimate_s:.0f} s", end=end, file=sys.stderr, flush=True)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -361,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = asyncio.run(run_client(args))
     except UserError as error:
         print(f"error: {error.code}: {error}", file=sys.stderr)
+        if isinstance(error, ServerError) and error.retry_s is not None:
+            print(f"worth another try in {error.retry_s:.0f} s", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -5,7 +5,13 @@ const MAX_PORTRAIT_BYTES = 4_000_000;
 const MAX_PORTRAIT_PIXELS = 40_000_000;
 const PORTRAIT_PX = 1024;
 const JPEG_QUALITY = 0.9;
-const PING_MS = 5000;
+const PING_MS = 2000;
+const MAX_UNANSWERED = 6; // pings, before a connection counts as dead: wireless ones may go without a word
+const OPEN_TIMEOUT_MS = 20_000;
+const RECONNECT_MS = 30_000; // so long after the last sign of life a new connection is tried
+const SIGNS_OF_LIFE = ["frame", "pong", "queued"];
+const FIRST_PAUSE_MS = 100; // before a try; it doubles up to the next
+const MAX_PAUSE_MS = 2000;
 const FIGURES_MS = 3000; // what the shown rates and delays look back over
 
 const byId = (id) => document.getElementById(id);
@@ -35,62 +41,192 @@ function unpack(data) {
   return [JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length))), data.slice(4 + length)];
 }
 
-// One session.
+// One connection, from hello to its close. It tells its session what comes, and once that it has ended.
+
+class Line {
+  constructor(session) {
+    this.session = session;
+    this.ready = null;
+    this.closed = false;
+    this.isAlive = false; // whether there was a sign of life
+    this.shown = 0;
+    this.dropped = {};
+    this.unanswered = 0;
+    this.rttMs = null;
+    this.socket = new WebSocket(new URL("v1/stream", document.baseURI.replace(/^http/, "ws")));
+    this.socket.binaryType = "arraybuffer";
+    this.socket.onopen = () => this.hello();
+    this.socket.onmessage = (event) => this.closed || this.receive(...unpack(event.data));
+    this.socket.onclose = () => this.end("The server closed the connection.");
+    this.opening = setTimeout(() => this.isOpen || this.end("The server does not answer."), OPEN_TIMEOUT_MS);
+    this.pinging = setInterval(() => this.ping(), PING_MS);
+  }
+
+  get isOpen() {
+    return this.socket.readyState === WebSocket.OPEN;
+  }
+
+  async hello() {
+    const { portrait, token } = this.session;
+    const header = { type: "hello", protocol: 1, mode: "live", codec: "jpeg", resume: token };
+    if (portrait.name) this.say({ ...header, portrait: portrait.name });
+    else this.send(header, await portrait.file.arrayBuffer());
+  }
+
+  say(header) {
+    if (this.isOpen) this.socket.send(JSON.stringify(header));
+  }
+
+  send(header, payload) {
+    if (this.isOpen) this.socket.send(pack(header, payload));
+    return this.isOpen;
+  }
+
+  ping() {
+    if (!this.isOpen) return;
+    if (this.unanswered === MAX_UNANSWERED) return this.end("The server does not answer.");
+    this.unanswered += 1;
+    this.say({ type: "ping", client_ms: performance.now(), rtt_ms: this.rttMs });
+  }
+
+  receive(header, payload) {
+    if (header.type === "error" && header.fatal) return this.end(header.message, header);
+    if (header.type === "ready") this.ready = header;
+    if (SIGNS_OF_LIFE.includes(header.type)) {
+      this.isAlive = true;
+      this.session.aliveMs = performance.now();
+    }
+    if (header.type === "pong") {
+      this.unanswered = 0;
+      this.rttMs = Math.max(0, performance.now() - header.client_ms);
+    }
+    this.session.receive(this, header, payload);
+  }
+
+  end(reason, error = null) {
+    if (this.closed) return;
+    this.close();
+    this.session.goOn(this, reason, error);
+  }
+
+  close() {
+    this.closed = true;
+    clearTimeout(this.opening);
+    clearInterval(this.pinging);
+    this.socket.close();
+  }
+}
+
+// One session: a portrait that moves, over one line after another.
 
 class Session {
   constructor() {
-    this.ready = null;
+    this.portrait = portrait;
+    this.token = null;
+    this.fps = null; // known with the first ready
+    this.line = null; // the one that frames go to
+    this.next = null; // the one that waits for its ready
+    this.retrying = null; // the timer of the next try
+    this.pauseMs = FIRST_PAUSE_MS;
+    this.aliveMs = -Infinity; // the last sign of life
+    this.waitingMs = Infinity; // since when the person is told to wait
     this.closed = false;
     this.seq = 0;
-    this.shown = 0;
     this.encoding = false;
     this.lastSentMs = -Infinity;
     this.drawing = Promise.resolve(); // decodes and draws in the order of arrival
     this.sentAt = [];
     this.shownAt = []; // [time, delay or null]
     this.skipped = 0;
-    this.dropped = {};
-    this.socket = new WebSocket(new URL("v1/stream", document.baseURI.replace(/^http/, "ws")));
-    this.socket.binaryType = "arraybuffer";
-    this.socket.onopen = () => this.hello();
-    this.socket.onmessage = (event) => this.receive(...unpack(event.data));
-    this.socket.onclose = () => this.fail("The server closed the connection.");
-    this.pinging = setInterval(() => this.say({ type: "ping", client_ms: performance.now() }), PING_MS);
-  }
-
-  async hello() {
-    const header = { type: "hello", protocol: 1, mode: "live", codec: "jpeg" };
-    if (portrait.name) this.say({ ...header, portrait: portrait.name });
-    else this.socket.send(pack(header, await portrait.file.arrayBuffer()));
-  }
-
-  say(header) {
-    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(header));
-  }
-
-  receive(header, payload) {
-    if (this.closed) return;
-    if (header.type === "ready") this.begin(header);
-    else if (header.type === "frame") this.show(header, payload);
-    else if (header.type === "notice") tell("connecting", header.message);
-    else if (header.type === "error" && header.fatal) this.fail(header.message);
-    else if (header.type === "error") tell("live", header.message);
-  }
-
-  begin(ready) {
-    this.ready = ready;
-    output.width = output.height = ready.size_px;
     this.canvas = document.createElement("canvas");
-    this.canvas.width = this.canvas.height = ready.size_px;
+    this.open();
+  }
+
+  open() {
+    this.retrying = null;
+    this.next = new Line(this);
+  }
+
+  receive(line, header, payload) {
+    if (header.type === "ready") this.moveTo(line);
+    else if (header.type === "frame") this.show(line, header, payload);
+    else if (header.type === "queued") this.wait(`You are number ${header.position} in line, ${about(header.estimate_s)}.`);
+    else if (header.type === "recovered") this.isLive();
+    else if (header.type === "error") tell("live", header.message);
+    else if (header.type === "notice") this.takeNotice(header);
+  }
+
+  takeNotice({ code, message }) {
+    if (code === "draining") this.seek();
+    else if (code === "recovering") this.wait("A part of the server restarts, your picture goes on in a moment.");
+    else this.wait(message);
+  }
+
+  // Until here the picture went on over the line before, which is left now.
+  moveTo(line) {
+    const { size_px, fps, token, resumed } = line.ready;
+    if (!resumed) this.line?.say({ type: "bye" }); // or its place would be kept
+    this.leave();
+    [this.line, this.next, this.token, this.fps] = [line, null, token, fps];
+    this.pauseMs = FIRST_PAUSE_MS;
+    this.canvas.width = this.canvas.height = size_px;
+    // A canvas that gets a size is cleared, but the last picture is to stand until the next one comes.
+    if (output.width !== size_px) output.width = output.height = size_px;
+    this.isLive();
+  }
+
+  leave() {
+    if (!this.line) return;
+    this.skipped += sum(this.line.dropped);
+    this.line.close();
+    this.line = null;
+  }
+
+  // A line has ended. The session goes on, over the other one or a new one; what the server refuses for good it ends.
+  goOn(line, reason, error) {
+    if (line === this.next) this.next = null;
+    if (line === this.line) this.leave();
+    // A connection may have been dead for long before that was noticed.
+    if (line.isAlive) this.aliveMs = performance.now();
+    if (error && error.retry_s == null) {
+      if (!this.line && !this.isSeeking) this.fail(reason);
+      return;
+    }
+    this.seek(withRetry(reason, error), error?.retry_s);
+    if (!this.line && !this.closed) this.wait(error ? withRetry(reason, error) : "Reconnecting …");
+  }
+
+  get isSeeking() {
+    return this.next !== null || this.retrying !== null;
+  }
+
+  seek(reason, retryS = 0) {
+    if (this.isSeeking) return;
+    const pauseMs = Math.max(this.pauseMs, 1000 * retryS);
+    if (performance.now() + pauseMs < this.aliveMs + RECONNECT_MS) {
+      this.retrying = setTimeout(() => this.open(), pauseMs);
+      this.pauseMs = Math.min(2 * this.pauseMs, MAX_PAUSE_MS);
+    } else if (!this.line) {
+      this.fail(reason);
+    }
+  }
+
+  wait(message) {
+    this.waitingMs = performance.now();
+    tell("waiting", message);
+  }
+
+  isLive() {
+    this.waitingMs = Infinity;
     tell("live", "Live.");
   }
 
   // One encode at a time, and nothing that would only wait in a buffer: a camera picture is worth most when it is new.
   async capture(captureMs) {
-    if (!this.ready || this.closed) return;
-    const tooSoon = captureMs - this.lastSentMs < 900 / this.ready.fps;
+    if (!this.fps || this.closed) return;
+    const tooSoon = captureMs - this.lastSentMs < 900 / this.fps;
     if (tooSoon) return;
-    if (this.encoding || this.socket.bufferedAmount > MAX_BUFFERED_BYTES) {
+    if (this.encoding || !this.line || this.line.socket.bufferedAmount > MAX_BUFFERED_BYTES) {
       this.skipped += 1;
       return;
     }
@@ -100,35 +236,38 @@ class Session {
       drawSquare(this.canvas, video, video.videoWidth, video.videoHeight, video.classList.contains("mirrored"));
       const blob = await new Promise((done) => this.canvas.toBlob(done, "image/jpeg", JPEG_QUALITY));
       const payload = await blob.arrayBuffer();
-      if (this.closed || this.socket.readyState !== WebSocket.OPEN) return;
-      this.socket.send(pack({ type: "frame", seq: this.seq++, capture_ms: captureMs }, payload));
-      this.sentAt.push(performance.now());
+      if (this.line?.send({ type: "frame", seq: this.seq++, capture_ms: captureMs }, payload)) this.sentAt.push(performance.now());
+      else this.skipped += 1;
     } finally {
       this.encoding = false;
     }
   }
 
-  show(header, payload) {
+  show(line, header, payload) {
     const decoding = createImageBitmap(new Blob([payload], { type: "image/jpeg" }));
     this.drawing = this.drawing.then(async () => {
       const bitmap = await decoding;
-      if (!this.closed) {
-        picture.drawImage(bitmap, 0, 0);
-        document.body.classList.add("live");
-        this.shown += 1;
-        this.dropped = header.dropped;
-        this.stageMs = header.stage_ms;
-        this.noFace = header.no_face;
-        const now = performance.now();
-        this.shownAt.push([now, header.capture_ms === null ? null : now - header.capture_ms]);
-        this.say({ type: "shown", count: this.shown });
-      }
+      if (!this.closed) this.draw(line, header, bitmap);
       bitmap.close();
     }).catch(() => this.fail("A picture from the server could not be decoded."));
   }
 
+  draw(line, header, bitmap) {
+    picture.drawImage(bitmap, 0, 0);
+    document.body.classList.add("live");
+    line.dropped = header.dropped;
+    this.stageMs = header.stage_ms;
+    this.noFace = header.no_face;
+    const now = performance.now();
+    this.shownAt.push([now, header.capture_ms === null ? null : now - header.capture_ms]);
+    line.shown += 1;
+    line.say({ type: "shown", count: line.shown, shown_ms: now });
+    // What was captured before the trouble may still come out while it lasts.
+    if (header.capture_ms > this.waitingMs) this.isLive();
+  }
+
   stop() {
-    this.say({ type: "bye" });
+    for (const line of [this.line, this.next]) line?.say({ type: "bye" });
     this.close();
   }
 
@@ -141,8 +280,9 @@ class Session {
 
   close() {
     this.closed = true;
-    clearInterval(this.pinging);
-    this.socket.close();
+    clearTimeout(this.retrying);
+    this.leave();
+    this.next?.close();
     document.body.classList.remove("live");
   }
 
@@ -151,14 +291,25 @@ class Session {
     this.sentAt = this.sentAt.filter((time) => time >= since);
     this.shownAt = this.shownAt.filter(([time]) => time >= since);
     const delays = this.shownAt.map(([, delay]) => delay).filter((delay) => delay !== null).sort((a, b) => a - b);
-    const dropped = Object.values(this.dropped).reduce((sum, count) => sum + count, this.skipped);
     return {
       delay: delays.length ? Math.round(delays[delays.length >> 1]) : "–",
       "fps-in": rate(this.sentAt),
       "fps-out": rate(this.shownAt.map(([time]) => time)),
-      dropped,
+      dropped: this.skipped + sum(this.line?.dropped ?? {}),
     };
   }
+}
+
+function sum(counts) {
+  return Object.values(counts).reduce((total, count) => total + count, 0);
+}
+
+function about(seconds) {
+  return seconds < 90 ? `about ${Math.max(1, Math.round(seconds))} s` : `about ${Math.round(seconds / 60)} min`;
+}
+
+function withRetry(reason, error) {
+  return error ? `${reason}. Worth another try in ${about(error.retry_s)}.` : reason;
 }
 
 function rate(times) {
@@ -294,8 +445,9 @@ function choosePortrait(value, url) {
 // Controls.
 
 function tell(state, message) {
-  byId("status").dataset.state = state;
-  byId("status").textContent = message;
+  const status = byId("status");
+  status.dataset.state = state;
+  if (status.textContent !== message) status.textContent = message; // what is said again would be read out again
 }
 
 // Opening a camera and fetching portraits take time: only the newest start goes on after each of them.
@@ -352,6 +504,8 @@ byId("source").onchange = () => {
   stopSource();
   if (wanted) start();
 };
+// A closed page would keep its place for a while: it may be coming back.
+addEventListener("pagehide", () => wanted && stop());
 onEveryFrame((captureMs) => session?.capture(captureMs));
 setInterval(showFigures, 500);
 navigator.mediaDevices?.addEventListener("devicechange", listSources);

@@ -195,3 +195,19 @@ async def scripted_server():
             return scripted
 
         yield start
+
+
+async def say(socket, *messages):
+    """What a handler says."""
+    for message in messages:
+        await socket.send(protocol.pack(message))
+
+
+def saying(*messages):
+    """A handler that says this and then listens until the client leaves."""
+
+    async def handle(socket):
+        await say(socket, *messages)
+        await socket.wait_closed()
+
+    return handle

@@ -1,18 +1,23 @@
 """The command and the class against a real socket whose pipeline echoes."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 
 from serving import protocol
-from serving.client import Client, ServerError, UnreachableError, driving_frames, main, parse_args, run_client
+from serving.client import Client, ServerError, UnreachableError, driving_frames, main, now_ms, parse_args, run_client
+from serving.codec import encode
 from serving.settings import Settings
 from stages.errors import UserError
 from stages.portraits import MAX_BYTES
 from stages.video import VideoWriter, read_video, square_resize
+
+from .conftest import say, saying
 
 
 @pytest.fixture
@@ -35,6 +40,66 @@ def face(tmp_path, portrait):
 def arguments(server, clip, face, *more):
     out = clip.with_name("out.mp4")
     return parse_args(["--portrait", str(face), "--driving", str(clip), "--out", str(out), "--url", server.url, *more])
+
+
+READY = protocol.Ready("s", 64, 3, 4, 9, 30.0, 0, 2**22, 10**7, 30.0, token="token")
+
+
+def output(index, **dropped):
+    return protocol.OutputFrame(index, None, None, False, None, {}, dropped, 64, 64)
+
+
+class Proxy:
+    """Passes bytes on to a server; its connections can be cut, and while it is down it takes no new ones."""
+
+    def __init__(self, server_url):
+        self._behind = urlsplit(server_url)
+        self._writers = []
+        self.is_down = False
+        self.url = ""
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.url = f"ws://127.0.0.1:{self._server.sockets[0].getsockname()[1]}{self._behind.path}"
+        return self
+
+    async def __aexit__(self, *exc_info):
+        self._server.close()
+        self.cut()
+
+    def cut(self):
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _connected(self, reader, writer):
+        if self.is_down:
+            writer.close()
+            return
+        behind = await asyncio.open_connection(self._behind.hostname, self._behind.port)
+        self._writers += [writer, behind[1]]
+        await asyncio.gather(pass_on(reader, behind[1]), pass_on(behind[0], writer))
+
+
+async def pass_on(reader, writer):
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(2**16):
+            writer.write(data)
+    writer.close()
+
+
+def picture(number):
+    return np.full((64, 64, 3), number % 251 + 1, np.uint8)
+
+
+async def send_until(client, has_enough, rate=100):
+    """Sends numbered pictures until the test has seen enough; returns how many."""
+    number = 0
+    while not has_enough():
+        assert await client.send(picture(number)) == number
+        number += 1
+        await asyncio.sleep(1 / rate)
+    await client.end()
+    return number
 
 
 async def test_a_lossless_run_writes_every_frame_at_its_time_and_hashes_the_pixels(echo_server, clip, face):
@@ -106,6 +171,169 @@ async def test_a_server_that_dies_is_a_typed_error(echo_server, clip, face, mode
         await run_client(arguments(server, clip, face, *(["--lossless"] if mode == "lossless" else [])))
     assert failed.value.code == "internal"
     assert {path.name for path in clip.parent.iterdir()} == {"driving.mp4", "face.png"}
+
+
+async def test_a_live_session_outlives_its_connections(echo_server, portrait):
+    server = await echo_server(chunk_s=0.01)
+    seqs = []
+    async with Proxy(server.url) as proxy, Client(proxy.url, portrait=portrait, codec="raw") as client:
+        sending = asyncio.create_task(send_until(client, lambda: client.num_reconnects == 2 and seqs[-1] > last_cut))
+        last_cut = 0
+        async for output in client:
+            if output.message.seq is not None:
+                assert np.array_equal(output.rgb, picture(output.message.seq))
+                seqs.append(output.message.seq)
+            if len(seqs) in (6, 40) and seqs[-1] > last_cut:
+                last_cut = seqs[-1] + 50
+                proxy.cut()
+        num_frames = await sending
+    assert seqs == sorted(set(seqs)) and seqs[-1] == num_frames - 1
+    assert [event.name for event in client.events] == ["lost", "reconnected"] * 2
+    assert client.ended is not None
+    await server.until_closed()
+
+
+async def test_frames_without_a_connection_are_dropped_and_counted(echo_server, portrait):
+    server = await echo_server()
+    async with Proxy(server.url) as proxy, Client(proxy.url, portrait=portrait) as client:
+        await client.send(picture(0))
+        proxy.is_down = True
+        proxy.cut()
+        while not client.events:
+            await asyncio.sleep(0.01)
+        assert [await client.send(picture(number)) for number in (1, 2, 3)] == [1, 2, 3]
+        assert client.num_unsent == 3
+        proxy.is_down = False
+        while not client.num_reconnects:
+            await asyncio.sleep(0.01)
+        assert await client.send(picture(4)) == 4
+        await client.end()
+        seqs = [output.message.seq async for output in client]
+    assert seqs[-1] == 4 and not {1, 2, 3} & set(seqs) and client.num_unsent == 3
+
+
+async def test_receipts_belong_to_the_connection_that_the_output_came_on(scripted_server):
+    receipts = [[], []]
+
+    def showing(number, num_outputs):
+        async def handle(socket):
+            await say(socket, READY, *[output(index) for index in range(num_outputs)])
+            while len(receipts[number]) < num_outputs:
+                message = protocol.parse_client(await socket.recv())[0]
+                receipts[number] += [message] if isinstance(message, protocol.Shown) else []
+            if number == 0:
+                await say(socket, protocol.Notice("draining", "this replica is being replaced"))
+                await socket.wait_closed()
+            else:
+                await say(socket, protocol.Ended(0, 0, 2, {}))
+
+        return handle
+
+    server = await scripted_server(showing(0, 3), showing(1, 2))
+    async with Client(server.url, portrait="ada", decode=False) as client:
+        began_ms = now_ms()
+        assert [output.message.index async for output in client] == [0, 1, 2, 0, 1]
+    assert [[shown.count for shown in shown_to] for shown_to in receipts] == [[1, 2, 3], [1, 2]]
+    times_ms = [shown.shown_ms for shown_to in receipts for shown in shown_to]
+    assert times_ms == sorted(times_ms) and began_ms <= times_ms[0] and times_ms[-1] <= now_ms()
+
+
+async def test_drops_are_summed_over_connections(scripted_server):
+    async def break_off(socket):
+        await say(socket, READY, output(0, surplus=3), output(1, surplus=5, stale=1))
+        socket.transport.close()
+
+    server = await scripted_server(
+        break_off, saying(READY, output(0, surplus=2), protocol.Ended(9, 5, 1, {"surplus": 4}))
+    )
+    async with Client(server.url, portrait="ada", decode=False) as client:
+        assert [output.message.index async for output in client] == [0, 1, 0]
+    assert client.dropped == {"surplus": 9, "stale": 1}
+
+
+async def test_a_server_that_does_not_come_back_is_a_typed_error(echo_server, portrait):
+    server = await echo_server()
+    async with Proxy(server.url) as proxy, Client(proxy.url, portrait=portrait, reconnect_s=0.5) as client:
+        proxy.is_down = True
+        proxy.cut()
+        with pytest.raises(UnreachableError):
+            async for _ in client:
+                pass
+        await client.send(picture(0))
+    assert client.num_unsent == 1 and client.num_reconnects == 0
+
+
+async def test_a_lossless_session_ends_with_its_connection(echo_server, portrait):
+    server = await echo_server()
+    async with Proxy(server.url) as proxy, Client(proxy.url, portrait=portrait, mode="lossless") as client:
+        await client.send(picture(0))
+        proxy.cut()
+        with pytest.raises(UnreachableError):
+            async for _ in client:
+                pass
+    assert client.num_reconnects == 0 and len(server.pool.streams) == 1
+
+
+@pytest.mark.parametrize("codec", ["raw", "png"])
+async def test_pictures_may_be_sent_encoded_and_left_undecoded(echo_server, portrait, codec):
+    server = await echo_server()
+    async with Client(server.url, portrait=portrait, mode="lossless", codec=codec, decode=False) as client:
+        captured_ms = now_ms() - 500
+        assert await client.send_encoded(encode(picture(7), codec), captured_ms) == 0
+        await client.end()
+        last = [output async for output in client][-1]
+    assert "rgb" not in vars(last) and np.array_equal(last.rgb, picture(7))
+    assert last.message.capture_ms == pytest.approx(captured_ms) and last.delay_ms >= 500
+
+
+async def test_the_place_in_line_is_told_while_waiting(scripted_server):
+    places = []
+    server = await scripted_server(saying(protocol.Queued(2, 40.0), protocol.Queued(1, 15.5), READY))
+    async with Client(server.url, portrait="ada", on_queued=lambda *place: places.append(place)) as client:
+        assert places == [(2, 40.0), (1, 15.5)]
+        assert [event.detail["position"] for event in client.events] == [2, 1]
+
+
+async def test_the_command_tells_of_waiting_recoveries_and_reconnects(scripted_server, clip, face, capsys):
+    parts_ms = {"restart": 1200.0, "first_frame": 80.0}
+
+    async def recover(socket):
+        await say(socket, READY, protocol.Notice("recovering", "a process died"), protocol.Recovered(parts_ms))
+        while not isinstance(protocol.parse_client(await socket.recv())[0], protocol.End):
+            pass
+        await say(socket, protocol.Ended(17, 15, 0, {"surplus": 2}))
+
+    async def drain(socket):
+        draining = protocol.Notice("draining", "this replica is being replaced")
+        await say(socket, protocol.Queued(3, 62.0), READY, draining)
+        await socket.wait_closed()
+
+    figures = await run_client(arguments(await scripted_server(drain, recover), clip, face))
+    assert figures["recoveries"] == [parts_ms] and figures["reconnects"] == 1
+    assert figures["dropped"] == {"surplus": 2}
+    told = capsys.readouterr().err
+    assert "number 3 in line, about 62 s" in told and "recovering: a process died" in told
+
+
+async def test_a_live_run_goes_on_after_its_connection_was_cut(echo_server, clip, face):
+    server = await echo_server(chunk_s=0.01)
+    async with Proxy(server.url) as proxy:
+        more = ("--loop", "--seconds", "2", "--url", proxy.url)
+        playing = asyncio.create_task(run_client(arguments(server, clip, face, *more)))
+        while not server.pool.streams or server.pool.streams[0].num_calls < 5:
+            await asyncio.sleep(0.01)
+        proxy.cut()
+        figures = await playing
+    assert figures["reconnects"] == 1 and figures["frames_received"] > 15
+    assert len(list(read_video(clip.with_name("out.mp4")))) == figures["frames_received"]
+
+
+async def test_the_command_says_when_a_full_server_may_have_a_place(scripted_server, clip, face, capsys):
+    busy = protocol.Error("busy", "all places are taken", fatal=True, retry_s=12.0)
+    server = await scripted_server(saying(busy))
+    argv = ["--portrait", str(face), "--driving", str(clip), "--out", str(clip.with_name("o.mp4"))]
+    assert await asyncio.to_thread(main, [*argv, "--url", server.url]) == 1
+    assert capsys.readouterr().err == "error: busy: all places are taken\nworth another try in 12 s\n"
 
 
 @pytest.mark.parametrize("end", ["the server's", "the user's"])

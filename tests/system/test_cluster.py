@@ -22,6 +22,7 @@ from ray.util.placement_group import placement_group_table
 
 from cluster.artificial import CONFIG
 from cluster.errors import BadChunk, PoolBusy, PoolFailed, SessionClosed, SessionMoved
+from cluster.messages import SessionRecord
 from cluster.overlap import measure
 from cluster.pool import NAMESPACE
 from cluster.session import DecodedChunk, Pool, Session
@@ -267,7 +268,7 @@ async def test_clients_that_leave_at_once_do_not_queue_up_work_before_others() -
 
 def _open_ghost(member: Any) -> None:
     [hosted] = member.engine.sessions.values()
-    member.engine.open(("ghost", 0), "lapsed", hosted.state, hosted.motion, hosted.encode_keyframe)
+    member.engine.open(SessionRecord("ghost", 0, "lapsed", {}), hosted.state, hosted.motion, hosted.encode_keyframe)
 
 
 async def test_a_session_whose_lease_has_lapsed_while_it_opened_is_closed() -> None:
