@@ -12,8 +12,6 @@ import asyncio
 import importlib
 import logging
 import os
-import sys
-import threading
 import time
 import uuid
 import warnings
@@ -34,7 +32,7 @@ from cluster.messages import DecodedChunk, Life, MemberReport, SessionKey, Sessi
 from cluster.metrics import MemberMetrics, on_ray, record_call, rss_mb
 from cluster.placement import MemberPlan
 from cluster.settings import PoolSettings
-from cluster.threads import StageThread
+from cluster.threads import StageThread, yield_to_others
 from stages.config import ModelConfig
 from stages.errors import UserError
 from stages.messages import (
@@ -225,12 +223,6 @@ def _encoder(reference: Any) -> EncodeKeyframe:
 
 def _stage_ms(stage: str, work_ms: float, wait_ms: float) -> dict[str, float]:
     return {stage: work_ms, f"{stage}_wait": wait_ms}
-
-
-def yield_to_others() -> None:
-    """Lets this thread, and not its process, work only when nothing else wants to; where the system can do that."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def import_stages(settings: PoolSettings) -> None:

@@ -25,6 +25,7 @@ from cluster.messages import DecodedChunk, Route, SeatRequest, SessionRecord, Se
 from cluster.placement import Node, plan_pool
 from cluster.pool import NAMESPACE, PoolManager
 from cluster.settings import PoolSettings, absolute, pool_name
+from cluster.turnstile import Turnstile
 from cluster.unwrap import to_user_error
 from stages.config import ModelConfig
 from stages.errors import BadPortrait, UserError
@@ -41,9 +42,8 @@ RENEW_S = 2.0
 """How often a replica renews its lease and tells how it is, or four times per `lease_s`."""
 ASK_AGAIN_S = 1.0
 """How often who waits for a place asks for it."""
-MAX_OPENINGS = 8
-"""Of one replica at a time, those counted that nobody waits for any more: clients that leave at once must not queue up
-work before the others'."""
+OPENING_SHARE = 0.3
+"""Of one replica's time: openings are work for the members that serve those who are there already."""
 MAX_PARKED = 64
 """Sessions of one replica whose clients have vanished and may come back."""
 PARTS = ("restart", "imports", "weights", "restore", "first_frame")
@@ -86,7 +86,7 @@ class Pool:
         """Why no session can be opened at present; None while all is well. Looked up with every renewal."""
         self._manager: Any = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._openings = asyncio.Semaphore(MAX_OPENINGS)
+        self._openings = Turnstile(OPENING_SHARE)
         self._parked: dict[str, asyncio.TimerHandle] = {}
         self.describe: Callable[[], Mapping[str, Any]] = dict
         """What this replica tells the manager of itself, for the status."""
@@ -186,10 +186,14 @@ class Pool:
             return None
 
     async def _begin(self, session: Session, snapshot: SessionSnapshot | None) -> Session:
-        """Opens a session, one of a few at a time; when nobody waits for it any more, closes it again."""
-        await self._openings.acquire()
+        """Opens a session when it is its turn; when nobody waits for it any more, closes it again."""
+        try:
+            await self._openings.enter()
+        except BaseException:
+            self._start(self._close(session.id, session.epoch))
+            raise
         opening = self._start(session.begin(snapshot))
-        opening.add_done_callback(lambda _: self._openings.release())
+        opening.add_done_callback(lambda _: self._openings.leave())
         try:
             await asyncio.shield(opening)
         except BaseException:

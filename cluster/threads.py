@@ -7,6 +7,9 @@ knows how long its calls take, by how many sessions are in them: admission is de
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LAST = 19
+"""In the system's order of who may work first."""
 SLOWER, FASTER = 0.1, 0.03
 """Weights of a newer time: what a call takes under load is learned sooner than it is forgotten in a quiet moment."""
 
@@ -57,6 +62,12 @@ class StageThread:
         finally:
             self._started_s = None
             self.busy_s += time.perf_counter() - started_s
+
+
+def yield_to_others() -> None:
+    """Lets this thread, and not its process, work only when little else wants to; where the system can do that."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)
 
 
 def learn(known_ms: float | None, ms: float) -> float:

@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from cluster.memory import Releaser
+from cluster.threads import yield_to_others
 from serving import protocol
 from serving.connection import Connection
 from serving.pipeline import Pipeline
@@ -101,7 +102,8 @@ def _add_health(api: FastAPI, backend: Backend) -> None:
 
 
 def _add_stream(api: FastAPI, backend: Backend, settings: Settings, replica: Replica) -> None:
-    portrait_thread = ThreadPoolExecutor(1, thread_name_prefix="portrait")
+    # Who has a picture already comes before those who bring a portrait.
+    portrait_thread = ThreadPoolExecutor(1, "portrait", yield_to_others)
     surroundings = Surroundings(backend.connect, settings, portrait_thread, replica.metrics, replica.draining)
     releaser = Releaser()
 

@@ -1,6 +1,6 @@
 """Broken messages of every kind, each a function of (seed, number), so that any of them can be made again.
 
-Called by `serving.fuzz` and `serving.bad_clients`. Valid messages of every type are the start; then values, keys,
+Called by `serving.fuzz` and `serving.fuzz.bad_clients`. Valid messages of every type are the start; then values, keys,
 bytes, envelopes or pictures go wrong. Headers are written as text and not by a JSON writer, which could not be wrong
 enough.
 """

@@ -6,7 +6,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 import cluster
-from serving import bench_server
+from serving.bench import server as bench_server
 from serving.settings import Settings
 
 FOLDER = Path(cluster.__file__).parent

@@ -528,9 +528,7 @@ NEVER_SENT = {"user_error", "bad_video", "bad_weights", "bad_config", "no_connec
 
 def test_every_code_that_a_client_can_meet_is_documented():
     root = Path(__file__).parents[2]
-    tools = {"bystander.py"}
-    serving = [path for path in (root / "serving").glob("*.py") if path.name not in tools]
-    paths = [*serving, root / "cluster" / "errors.py", root / "stages" / "errors.py"]
+    paths = [*(root / "serving").glob("*.py"), root / "cluster" / "errors.py", root / "stages" / "errors.py"]
     codes = {code for path in paths for code in codes_in(path)} | protocol.ENDING_CODES
     assert {"frame_size_changed", "internal", "session_closed", "bad_portrait", "busy"} <= codes
     documented = set(re.findall(r"`([a-z_]+)`", (root / "docs" / "protocol.md").read_text()))

@@ -1,4 +1,4 @@
-"""Ingress replicas that die or are replaced while people stream. The long run is `python -m serving.bystander`."""
+"""Ingress replicas that die or are replaced while people stream. Longer: `python -m serving.bench.bystander`."""
 
 import asyncio
 import itertools
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serving import bench_server
-from serving.bench_log import Plan
-from serving.bench_play import load_film, play
-from serving.bench_server import Server
+from serving.bench import server as bench_server
+from serving.bench.log import Plan
+from serving.bench.play import load_film, play
+from serving.bench.server import Server
 from stages.portraits import BUNDLED_CLIP
 
 from .conftest import running_server
@@ -31,7 +31,7 @@ LONGEST_GAP_S = 10
 
 @pytest.mark.parametrize("proxy", [[], ["--haproxy"]], ids=["Python proxy", "HAProxy"])
 def test_a_replica_that_dies_disturbs_nobody_on_another(proxy):
-    command = [sys.executable, "-m", "serving.bystander", "--seconds", "30", "--json", *proxy]
+    command = [sys.executable, "-m", "serving.bench.bystander", "--seconds", "30", "--json", *proxy]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     run = json.loads(done.stdout)

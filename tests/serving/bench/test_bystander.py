@@ -2,8 +2,8 @@
 
 import pytest
 
-from serving import bystander
-from serving.bench_log import Kill, Log, Output, Plan, SessionLog
+from serving.bench import bystander
+from serving.bench.log import Kill, Log, Output, Plan, SessionLog
 from serving.line import Event, UnreachableError
 
 KILL_MS = 30_000.0

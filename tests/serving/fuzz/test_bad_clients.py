@@ -6,8 +6,8 @@ import pytest
 from websockets.asyncio.server import serve
 
 from serving import protocol
-from serving.bad_clients import KINDS, MAX_GARBAGE_BYTES, garbage, prepare, run_bad_clients
 from serving.client import Client
+from serving.fuzz.bad_clients import KINDS, MAX_GARBAGE_BYTES, garbage, prepare, run_bad_clients
 from serving.fuzz.parsers import CLIENT_CODES
 from serving.settings import Settings
 from stages.errors import UserError

@@ -1,7 +1,7 @@
 """Bad clients of ten kinds at once, for a given time, to show that the good ones beside them do not notice.
 
-`python -m serving.bad_clients --url U --seconds S [--num 10] [--json]`, which `serving.bench` starts as a process of
-its own. Each comes again when it was closed, at a bounded rate. They take little of the processor themselves: messages
+`python -m serving.fuzz.bad_clients --url U --seconds S [--num 10] [--json]`, which `serving.bench` starts as a process
+of its own. Each comes again when it was closed, at a bounded rate. They take little of the processor themselves: messages
 are made beforehand, and the command runs at a low priority. No Ray, no torch.
 """
 
@@ -182,7 +182,7 @@ async def _answer(visit: Visit, url: str, until_s: float) -> str:
 
 def main() -> int:
     """Runs the command; returns 2 when it may not begin."""
-    parser = argparse.ArgumentParser(prog="python -m serving.bad_clients", description="Bad clients, all at once.")
+    parser = argparse.ArgumentParser(prog="python -m serving.fuzz.bad_clients", description="Bad clients, all at once.")
     parser.add_argument("--url", default=URL)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--num", type=int, default=len(KINDS))

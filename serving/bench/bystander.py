@@ -1,4 +1,4 @@
-"""Whether a death cuts those who had nothing to do with it: `python -m serving.bystander [--haproxy] [--seconds 150]`.
+"""Whether a death cuts those who had nothing to do with it: `python -m serving.bench.bystander [--haproxy]`.
 
 Starts a server of its own with two ingress replicas, lets sessions stream on both, kills one replica with SIGKILL, and
 goes on for 150 s. The other's sessions should notice nothing, also later: Serve's HAProxy starts anew whenever a
@@ -19,11 +19,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from serving import bench_kills, bench_report, bench_server
-from serving.bench_log import Log, Plan, SessionLog
-from serving.bench_machine import machine
-from serving.bench_play import Playing, load_film, play
-from serving.bench_table import columns, machine_line, number
+from serving.bench import kills as bench_kills
+from serving.bench import report as bench_report
+from serving.bench import server as bench_server
+from serving.bench.log import Log, Plan, SessionLog
+from serving.bench.machine import machine
+from serving.bench.play import Playing, load_film, play
+from serving.bench.table import columns, machine_line, number
 from serving.client import Client
 from stages.errors import UserError
 from stages.portraits import BUNDLED_CLIP, bundled_portraits
@@ -169,7 +171,7 @@ async def measure(args: argparse.Namespace, server: bench_server.Server) -> dict
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m serving.bystander",
+        prog="python -m serving.bench.bystander",
         description="Kills one of two ingress replicas and watches whether the other's sessions go on.",
     )
     parser.add_argument("--seconds", type=float, default=150.0, help="after the kill (default 150)")
