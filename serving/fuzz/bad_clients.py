@@ -1,8 +1,8 @@
 """Bad clients of ten kinds at once, for a given time, to show that the good ones beside them do not notice.
 
 `python -m serving.fuzz.bad_clients --url U --seconds S [--num 10] [--json]`, which `serving.bench` starts as a process
-of its own. Each comes again when it was closed, at a bounded rate. They take little of the processor themselves: messages
-are made beforehand, and the command runs at a low priority. No Ray, no torch.
+of its own. Each comes again when it was closed, at a bounded rate. They take little of the processor themselves:
+messages are made beforehand, and the command runs at a low priority. No Ray, no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The load generator's own server: what it is started with, and that nothing of it is left. No server is started."""
 
 import asyncio
+import os
 import subprocess
+import sys
 import time
 
 import psutil
@@ -63,8 +65,10 @@ def test_a_server_that_ends_while_it_starts_is_an_error_with_the_end_of_its_log(
 
 def test_memory_is_that_of_named_processes_and_the_rest_is_rays():
     code = "import sys, time; data = bytearray(60_000_000); print(1, flush=True); time.sleep(60)"
-    script = 'exec -a ray::Member:motion python -c "$0" & exec -a ray::IDLE python -c "$0" & wait'
-    root = subprocess.Popen(["bash", "-c", script, code], stdout=subprocess.PIPE)
+    script = 'exec -a ray::Member:motion "$1" -c "$0" & exec -a ray::IDLE "$1" -c "$0" & wait'
+    # Python itself: a wrapper that is called python would take the title away. It then finds its library by PYTHONHOME.
+    command = ["bash", "-c", script, code, os.path.realpath(sys.executable)]
+    root = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONHOME": sys.base_prefix})
     try:
         root.stdout.read(4)
         server_mb, ray_mb = tree_rss_mb(root.pid)
