@@ -84,7 +84,7 @@ class Shown:
 
 @dataclass(frozen=True, config=STRICT)
 class Ping:
-    """Client: are you there? Also keeps a session without frames from being idle."""
+    """Client: are you there? Also keeps a session without frames for a while."""
 
     client_ms: Milliseconds
     rtt_ms: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = None

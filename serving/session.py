@@ -375,11 +375,17 @@ class Session:
         return time.time() - time.monotonic() + arrived_s + (delivery.pace.period_s or 0.0)
 
     async def _wait_for_change(self, stream: Stream, delivery: Delivery) -> None:
-        """Until something has come that may make a chunk. Who brings nothing for long gives the place to others."""
+        """Until something has come that may make a chunk. Who brings nothing for long gives the place to others, and
+        is closed when nothing comes for much longer. Raises ProtocolError `idle`.
+        """
+        limit_s = self._settings.pause_timeout_s if self.is_idle else self._settings.idle_timeout_s
         try:
-            async with asyncio.timeout(None if self.is_idle else self._settings.idle_timeout_s):
+            async with asyncio.timeout(limit_s):
                 await self._changed.wait()
         except TimeoutError:
+            if self.is_idle:
+                told = f"no frames came for more than {limit_s:g} s: begin a new session when there are some"
+                raise ProtocolError(told, "idle") from None
             if not delivery.owes_output:
                 await stream.rest()
                 self.is_idle = True

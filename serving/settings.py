@@ -49,6 +49,8 @@ class Settings(BaseSettings):
     """A hint for clients: at higher camera rates frames are only dropped."""
     idle_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 30.0
     """A client that says nothing, or shows nothing of what it gets, for so long is closed."""
+    pause_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """A client that lives but brings no frames for so long is closed. Its place it has given to others much earlier."""
     hello_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0
     """Within this a new connection must say hello."""
 

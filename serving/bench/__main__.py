@@ -30,6 +30,8 @@ from stages.video import header_num_frames
 
 NUM_REPLICAS = 2
 """Of an own server: one can die while the other serves."""
+ALL_ADMITTED_FPS = 1.0
+"""A target rate that leaves room for everybody."""
 
 
 def setting(args: argparse.Namespace) -> dict[str, Any]:
@@ -40,7 +42,9 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
 
 def server_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Of the own server."""
-    return {"num_replicas": NUM_REPLICAS, "target_fps": args.target_fps, "spare_members": args.spare_members}
+    settings = {"num_replicas": NUM_REPLICAS, "spare_members": args.spare_members}
+    target_fps = args.target_fps or (None if args.newcomer else ALL_ADMITTED_FPS)
+    return settings if target_fps is None else settings | {"target_fps": target_fps}
 
 
 @contextlib.contextmanager
@@ -86,11 +90,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kill", choices=bench_kills.KILLABLE, help="also kill this while sessions stream")
     parser.add_argument("--kills", type=int, default=5, metavar="N", help="so many times (default 5)")
     parser.add_argument("--bad-clients", action="store_true", help="also stream beside ten bad clients")
+    parser.add_argument(
+        "--newcomer", action="store_true", help="instead, take all places at the target rate, and then come once more"
+    )
     parser.add_argument("--url", help="of a running server's stream, such as ws://127.0.0.1:8000/v1/stream")
     parser.add_argument("--haproxy", action="store_true", help="Serve's HAProxy instead of its Python proxy")
     parser.add_argument("--spare-members", type=int, default=0, metavar="N", help="warm stand-ins (default 0)")
     parser.add_argument(
-        "--target-fps", type=float, default=1.0, metavar="X", help="of the server (default 1: everybody is admitted)"
+        "--target-fps",
+        type=float,
+        metavar="X",
+        help="of the server (default 1, so that everybody is admitted; with --newcomer the server's own)",
     )
     parser.add_argument("--driving", type=Path, default=BUNDLED_CLIP, metavar="VIDEO", help="default: the bundled clip")
     parser.add_argument("--fps", type=float, help="driving frames a second of each session (default: the video's)")
@@ -104,6 +114,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--fps and --target-fps must be more than 0, and 1000 at most")
     if args.url and (args.kill or args.haproxy or args.spare_members):
         parser.error("--kill, --haproxy and --spare-members need a server of the benchmark's own: leave --url out")
+    if args.newcomer and (args.sessions or args.overload or args.kill or args.bad_clients):
+        parser.error("--newcomer is a run of its own, with as many sessions as there are places: leave the others out")
     if args.out and not args.out.absolute().parent.is_dir():
         parser.error(f"--out {args.out}: make the folder {args.out.parent} first")
     return args

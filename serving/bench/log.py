@@ -28,6 +28,8 @@ class Plan:
     """A stage, `manager`, `replica`, or `all` for each of them in turn."""
     num_kills: int = 0
     has_bad_clients: bool = False
+    has_newcomer: bool = False
+    """All places are taken, and halfway one more comes."""
 
     @property
     def name(self) -> str:
@@ -35,7 +37,8 @@ class Plan:
         words = [f"{self.num_sessions} session{'s' if self.num_sessions > 1 else ''}"]
         words += [f"input x{self.overload:g}"] if self.overload is not None else []
         words += [f"kill {self.kill}"] if self.kill else []
-        return ", ".join(words + (["bad clients"] if self.has_bad_clients else []))
+        words += ["bad clients"] if self.has_bad_clients else []
+        return ", ".join(words + (["one more"] if self.has_newcomer else []))
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,17 @@ class Kill:
     """Numbers of the sessions whose sockets it held: of a replica; a stage or the manager holds none."""
 
 
+@dataclass
+class Newcomer:
+    """Who comes when all places are taken."""
+
+    came_ms: float
+    waiting: tuple[int, float] | None = None
+    """Position in the line and estimate in seconds, as it was told first; None: it was let in at once."""
+    ready_ms: float | None = None
+    """When it got its place."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """The server's memory at one time."""
@@ -101,6 +115,7 @@ class Log:
     memory: list[Memory] = field(default_factory=list)
     bad_clients: Mapping[str, int] | None = None
     """What the bad clients beside these sessions did; None: there were none."""
+    newcomer: Newcomer | None = None
     client_cpu_s: float = 0.0
     """Time that this process itself has computed."""
     error: UserError | None = None

@@ -37,7 +37,8 @@ def write_plots(figures: Mapping[str, Any], folder: Path) -> list[Path]:
     pyplot = load_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     runs = figures["runs"]
-    plain = [run for run in runs if run["overload"] is None and not run["kill"] and run["bad_clients"] is None]
+    disturbances = ("overload", "kill", "bad_clients", "newcomer")
+    plain = [run for run in runs if all(run[what] is None for what in disturbances)]
     drawings = {
         "delay": (draw_delay, [run for run in runs if run["per_10_s"]]),
         "memory": (draw_memory, [run for run in runs if len(run["rss_mb"]) > 1]),

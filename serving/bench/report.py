@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from serving import report
-from serving.bench.log import Kill, Log, Memory, Output, SessionLog
+from serving.bench.log import Kill, Log, Memory, Newcomer, Output, SessionLog
 from serving.line import Event, ServerError
 from serving.report import Receipt
 
@@ -47,6 +47,7 @@ def figures(log: Log, alone: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "delay_ms": delay_ms,
         "delay_ms_per_session": [report.percentiles([one.delay_ms for one in each]) for each in by_session],
         "p95_ratio": None if alone is None else p95_ratio(delay_ms, alone["delay_ms"]),
+        "newcomer": None if log.newcomer is None else newcomer_figures(log.newcomer, by_session, log),
         "jitter_ms": jitter_ms(outputs),
         "chunk_period_ms": chunk_period_ms(fps, log.chunk_frames),
         "dropped": dict(sorted(sum((session.dropped for session in log.sessions), Counter[str]()).items())),
@@ -84,6 +85,19 @@ def receipts(outputs: Sequence[Output], started_ms: float) -> list[Receipt]:
         for output in outputs
         if output.delay_ms is not None
     ]
+
+
+def newcomer_figures(newcomer: Newcomer, by_session: Sequence[Sequence[Receipt]], log: Log) -> dict[str, Any]:
+    """What it was told, what its waiting did to each of the others, and how soon after they had left it had a place."""
+    came_s = (newcomer.came_ms - log.started_ms) / 1000
+    p95_ms = []
+    for receipts_of_one in by_session:
+        before = report.percentiles([one.delay_ms for one in receipts_of_one if one.received_s < came_s])
+        after = report.percentiles([one.delay_ms for one in receipts_of_one if one.received_s >= came_s])
+        p95_ms.append({"before": before["p95"], "after": after["p95"], "ratio": p95_ratio(after, before)})
+    position, estimate_s = newcomer.waiting or (None, None)
+    ready_ms = None if newcomer.ready_ms is None else round(newcomer.ready_ms - log.ended_ms, 1)
+    return {"position": position, "estimate_s": estimate_s, "ready_after_leave_ms": ready_ms, "p95_ms": p95_ms}
 
 
 def rate_until(outputs: Sequence[Output], end_ms: float) -> float:

@@ -14,8 +14,10 @@ from typing import Any
 from tqdm import tqdm
 
 from serving.bench import kills as bench_kills
+from serving.bench import newcomer as bench_newcomer
 from serving.bench import report as bench_report
-from serving.bench.log import Kill, Plan
+from serving.bench import server as bench_server
+from serving.bench.log import Kill, Log, Plan
 from serving.bench.play import During, Film, Playing, load_film, play
 from serving.bench.server import Server
 from serving.client import Client
@@ -50,12 +52,13 @@ class Bench:
     """Of the machine and the server, and all `runs`."""
 
     async def run(self, plan: Plan, during: During, alone: Run | None = None) -> Run:
-        """Plays one run and keeps its figures, also in `--out`: they survive what happens later.
-
-        `alone`: a run of the same sessions without what disturbs this one.
-        """
+        """Plays one run. `alone`: a run of the same sessions without what disturbs this one."""
         await asyncio.sleep(PAUSE_S)
-        run = bench_report.figures(await play(self.server, plan, self.film, during), alone)
+        return self.keep(await play(self.server, plan, self.film, during), alone)
+
+    def keep(self, log: Log, alone: Run | None = None) -> Run:
+        """The figures of a run that is over, which go to `--out` too: they survive what happens later."""
+        run = bench_report.figures(log, alone)
         self.figures["runs"].append(run)
         if self.args.out:
             self.args.out.write_text(json.dumps(self.figures, indent=1) + "\n")
@@ -75,6 +78,9 @@ async def measure(args: argparse.Namespace, server: Server, figures: dict[str, A
     # A server's first frames are slow, whoever asks for them.
     warm_up_s = min(WARM_UP_S, args.seconds)
     await play(server, Plan(1, warm_up_s, bench.input_fps), bench.film, wait_for(warm_up_s, "warm-up"))
+    if args.newcomer:
+        await run_newcomer(bench)
+        return
     plain = await run_plain(bench)
     if args.overload:
         await run_overload(bench, plain[1])
@@ -116,6 +122,16 @@ async def run_beside_bad_clients(bench: Bench, plain: dict[int, Run]) -> None:
         alone = plain.get(num) or await bench.run(plan, wait_for(plan.seconds, plan.name))
         plan = replace(plan, has_bad_clients=True)
         await bench.run(plan, bad_clients(plan), alone)
+
+
+async def run_newcomer(bench: Bench) -> None:
+    """As many sessions as there are places, and then one more. Raises UserError."""
+    house = await asyncio.to_thread(bench_server.status, bench.server)
+    if house is None:
+        raise UserError("the server does not tell how many places it has", "no_status")
+    plan = Plan(house["places"], 2 * bench.args.seconds, bench.input_fps, has_newcomer=True)
+    halves = [wait_for(bench.args.seconds, f"{plan.name}: {part}") for part in ("all are there", "it waits")]
+    bench.keep(await bench_newcomer.play_with_one_more(bench.server, plan, bench.film, *halves))
 
 
 def wait_for(seconds: float, words: str) -> During:

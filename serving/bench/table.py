@@ -23,6 +23,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
     blocks = [machine_line(figures["machine"]), columns([RUN_COLUMNS, *(run_row(run) for run in runs)])]
     blocks += [overload_lines(runs), *(kill_block(run) for run in runs if run["kill"])]
     blocks += [f"{run['name']}: p95 is {number(run['p95_ratio'], 2)} times that without" for run in bad(runs)]
+    blocks += [newcomer_line(run) for run in runs if run["newcomer"] is not None]
     blocks += ["\n".join(f"error in {run['name']}: {error_text(error)}" for error in run["errors"]) for run in runs]
     return "\n\n".join(block for block in blocks if block)
 
@@ -100,6 +101,18 @@ def kill_row(run: Run, title: str, whats: Container[str]) -> Sequence[str]:
     medians = [number(median(known(key)) if known(key) else None) for key in keys]
     longest = [max(known("total_ms"), default=None), max(known("longest_gap_ms", kills), default=None)]
     return (title, str(len(kills)), str(len(entries)), *medians, *(number(ms) for ms in longest))
+
+
+def newcomer_line(run: Run) -> str:
+    """What one more person was told, and what that did to the others."""
+    newcomer = run["newcomer"]
+    ratios = " ".join(number(session["ratio"], 2) for session in newcomer["p95_ms"])
+    return (
+        f"{run['name']}: told to wait at position {number(newcomer['position'])}, "
+        f"for {number(newcomer['estimate_s'])} s; "
+        f"each session's p95 was {ratios} times that before; "
+        f"ready {number(newcomer['ready_after_leave_ms'])} ms after the others had left"
+    )
 
 
 def bad(runs: Iterable[Run]) -> Iterable[Run]:

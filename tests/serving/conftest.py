@@ -85,6 +85,7 @@ class EchoPool:
     wake_s: float = 0.0
     refusal: Exception | None = None
     line: list[tuple[int, float]] = field(default_factory=list)
+    places: int = 10**9
     parked: dict[str, EchoStream] = field(default_factory=dict)
     fail_after: int = 10**9
     failure: Exception = field(default_factory=lambda: RuntimeError("the pipeline broke"))
@@ -96,6 +97,9 @@ class EchoPool:
             await listener.queued(position, estimate_s)
         if self.refusal is not None:
             raise self.refusal
+        while sum(not stream.closed for stream in self.streams) >= self.places:
+            await listener.queued(1, 9.0)
+            await asyncio.sleep(0.05)
         await asyncio.sleep(self.open_s)
         if portrait.max() == 0:
             raise BadPortrait("the portrait shows no face: take another picture")
@@ -141,7 +145,7 @@ async def echo_server():
                 yield
 
             async def house():
-                return {"replicas": [replica.describe()]}
+                return {"replicas": [replica.describe()], "places": pool.places}
 
             replica = Replica("echo", IngressMetrics())
             api = build_api(Backend(connect, lambda: None, held, house), settings or Settings(), replica)

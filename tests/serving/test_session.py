@@ -640,6 +640,24 @@ async def test_who_brings_no_frames_gives_the_place_back_and_takes_it_again_with
         assert not stream.is_idle and session.state == "live"
 
 
+async def test_pings_without_frames_keep_a_session_only_for_so_long(echo_server, portrait):
+    server = await echo_server(Settings(idle_timeout_s=0.3, pause_timeout_s=0.5))
+    async with connect(server.url) as socket:
+        await say(socket, portrait)
+
+        async def ping():
+            while True:
+                await socket.send('{"type": "ping", "client_ms": 1}')
+                await asyncio.sleep(0.1)
+
+        pinging = asyncio.create_task(ping())
+        error = await last_error(socket)
+        pinging.cancel()
+    assert error.code == "idle" and "no frames" in error.message
+    assert server.pool.streams[0].is_idle
+    await server.until_closed()
+
+
 async def test_an_interruption_is_told_and_so_is_its_end(echo_server, portrait):
     server = await echo_server()
     async with connect(server.url) as socket:

@@ -37,7 +37,7 @@ def test_a_misspelt_variable_of_the_environment_is_refused_by_name(monkeypatch):
         Settings()
 
 
-@pytest.mark.parametrize("name", ["lease_s", "idle_timeout_s", "hello_timeout_s", "max_fps"])
+@pytest.mark.parametrize("name", ["lease_s", "idle_timeout_s", "pause_timeout_s", "hello_timeout_s", "max_fps"])
 @pytest.mark.parametrize("value", ["inf", "nan", "0", "-1", "1e30"])
 def test_times_and_rates_are_finite_and_sensible(name, value):
     with pytest.raises(ValidationError, match=name):

@@ -109,7 +109,7 @@ def stop(process):
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server(idle_timeout_s=5, max_sessions=8, target_fps=1) as running:
+    with running_server(idle_timeout_s=5, pause_timeout_s=10, max_sessions=8, target_fps=1) as running:
         yield running
 
 

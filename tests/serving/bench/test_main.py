@@ -60,6 +60,12 @@ async def test_good_sessions_are_measured_alone_and_beside_bad_clients(echo_serv
     assert beside["p95_ratio"] == pytest.approx(beside["delay_ms"]["p95"] / alone["delay_ms"]["p95"], abs=0.001)
 
 
+async def test_a_newcomer_is_a_run_with_as_many_sessions_as_there_are_places(echo_server, clip):
+    (run,) = await runs(echo_server, clip, "--newcomer", "--seconds", "1", places=2)
+    assert (run["sessions"], run["newcomer"]["position"], run["errors"]) == (2, 1, [])
+    assert run["seconds"] == pytest.approx(2, abs=0.5)
+
+
 async def test_what_has_been_measured_is_kept_in_a_file_after_every_run(echo_server, clip, tmp_path):
     out = tmp_path / "figures.json"
     measured = await runs(echo_server, clip, "--sessions", "1,2", "--seconds", "0.2", "--out", str(out))
@@ -80,6 +86,7 @@ async def test_what_has_been_measured_is_kept_in_a_file_after_every_run(echo_ser
         ("--kill", "all", "--kills", "0"),
         ("--kill", "all", "--url", "ws://127.0.0.1:8000/v1/stream"),
         ("--haproxy", "--url", "ws://127.0.0.1:8000/v1/stream"),
+        ("--newcomer", "--overload", "3"),
         ("--spare-members", "-1"),
         ("--fps", "0"),
         ("--target-fps", "nan"),
@@ -96,6 +103,8 @@ def test_settings_of_the_own_server_are_known_to_it_and_let_everybody_in():
     settings = Settings(**server_settings(parse_args(["--spare-members", "1"])))
     assert (settings.num_replicas, settings.target_fps, settings.spare_members) == (2, 1, 1)
     assert setting(parse_args(["--haproxy"]))["server"]["haproxy"] is True
+    with_newcomer = [server_settings(parse_args(["--newcomer", *more])) for more in ((), ("--target-fps", "5"))]
+    assert [Settings(**values).target_fps for values in with_newcomer] == [Settings().target_fps, 5]
 
 
 @pytest.mark.parametrize(

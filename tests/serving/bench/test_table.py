@@ -6,7 +6,7 @@ import pytest
 
 from serving.bench import report as bench_report
 from serving.bench import table as bench_table
-from serving.bench.log import Kill, Log, Memory, Output, Plan, SessionLog
+from serving.bench.log import Kill, Log, Memory, Newcomer, Output, Plan, SessionLog
 from serving.line import Event, ServerError
 
 MACHINE = {"cores": 2, "cpu": "Some CPU", "gpu": None, "python": "3.11", "torch": "2.13", "ray": "2.60"}
@@ -55,6 +55,13 @@ def test_kills_are_told_by_what_was_killed_with_their_parts():
     assert row == ["denoise", "1", "1", "100", "600", "-", "90", "-", "-", "1500", "1500", "1500"]
     [row] = [line.split() for line in lines if line.startswith("manager")]
     assert row == ["manager", "1", "0", *["-"] * 8, "100"]
+
+
+def test_a_newcomer_is_told_with_what_it_did_to_each_of_the_others():
+    newcomer = Newcomer(5000.0, (1, 150.0), 10_800.0)
+    told = text(run(num_sessions=2, has_newcomer=True, log={"newcomer": newcomer})).splitlines()[-1]
+    assert told.startswith("2 sessions, one more: told to wait at position 1, for 150 s")
+    assert "p95 was 1.00 1.00 times that before" in told and "ready 800 ms after" in told
 
 
 def test_bad_clients_and_errors_are_told():

@@ -1,0 +1,82 @@
+"""The load generator and the fuzzing on whole servers, in short. What they measure is printed by the commands; here is
+only what must hold however slow a machine is. Recorded results of the long runs: docs/service.md.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from serving.bench.kills import STAGES
+from serving.fuzz.bad_clients import KINDS
+
+from .conftest import running_server
+
+pytestmark = pytest.mark.system
+
+
+def figures(module, *arguments):
+    """A command's JSON."""
+    command = [sys.executable, "-m", module, *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def bench(*arguments):
+    """The runs of the load generator; none of them may have lost a session or mixed two up."""
+    runs = figures("serving.bench", *arguments)["runs"]
+    for run in runs:
+        assert run["errors"] == []
+        assert run["sockets_closed_by_server"] == 0
+        assert run["frames_to_wrong_session"] == 0 < run["frames_checked"]
+    return runs
+
+
+@pytest.fixture(scope="module")
+def house():
+    """A server that lets everybody in."""
+    with running_server(num_replicas=2, target_fps=1) as server:
+        yield server
+
+
+def test_three_times_the_input_is_dropped_and_delays_nobody(house):
+    _, once, thrice = bench("--url", house.stream, "--overload", "1,3", "--seconds", "20")
+    assert thrice["input_fps"] == pytest.approx(3 * once["input_fps"], rel=0.01)
+    # Twenty seconds at such a rate would leave forty seconds of work in a queue that kept it.
+    assert thrice["delay_ms"]["p99"] < once["delay_ms"]["p95"] + 4 * once["chunk_period_ms"]
+    assert thrice["dropped"]["surplus"] > 0.4 * 20 * thrice["input_fps"]
+
+
+def test_bad_clients_of_all_kinds_leave_the_good_ones_alone(house):
+    alone, beside = bench("--url", house.stream, "--bad-clients", "--seconds", "20")
+    assert {name.split()[0] for name in beside["bad_clients"]} == set(KINDS)
+    assert beside["total_fps"] > alone["total_fps"] / 2
+    assert beside["p95_ratio"] < 2
+
+
+def test_broken_messages_get_typed_errors_and_a_good_client_keeps_its_frames(house):
+    live = figures("serving.fuzz", "--messages", "0", "--url", house.stream, "--live", "600")["live"]
+    assert live["failures"] == [] and live["messages"] >= 600
+    assert live["counts"]["bad_header"] > 0 < live["counts"]["bad_frame"]
+    assert live["good_frames"] > 20
+
+
+def test_whatever_is_killed_every_session_streams_again():
+    (run,) = bench("--kill", "all", "--kills", "5", "--seconds", "5")
+    assert [kill["kill"] for kill in run["kills"]] == ["motion", "denoise", "decode", "manager", "replica"]
+    assert run["num_not_recovered"] == 0 and len(run["fps"]) == 3
+    members_died = [recovery for recovery in run["recoveries"] if recovery["kill"] in STAGES]
+    assert len(members_died) == 9
+    assert all(recovery["imports_ms"] > 0 and recovery["weights_ms"] > 0 for recovery in members_died)
+    # A manager that dies interrupts nobody.
+    assert not any(recovery["kill"] == "manager" for recovery in run["recoveries"])
+
+
+def test_one_more_than_there_are_places_waits_in_line_and_gets_the_first_free_place():
+    (run,) = bench("--newcomer", "--seconds", "15")
+    newcomer = run["newcomer"]
+    assert newcomer["position"] == 1 and newcomer["estimate_s"] > 0
+    assert newcomer["ready_after_leave_ms"] > 0
+    assert all(session["ratio"] < 2 for session in newcomer["p95_ms"])
