@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ class StageThread:
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self.call_ms: dict[int, float] = {}
         """By the number of sessions in a call."""
+        self._num_calls: Counter[int] = Counter()
         self.busy_s = 0.0
         """All the time at work."""
         self._started_s: float | None = None
@@ -52,7 +54,10 @@ class StageThread:
             return function(*args), (time.perf_counter() - started_s) * 1e3
 
         result, ms = await self.run(timed)
-        self.call_ms[num_sessions] = learn(self.call_ms.get(num_sessions), ms)
+        self._num_calls[num_sessions] += 1
+        # The first call of a size allocates and chooses kernels: it counts only until there is another.
+        known_ms = self.call_ms.get(num_sessions) if self._num_calls[num_sessions] > 2 else None
+        self.call_ms[num_sessions] = learn(known_ms, ms)
         return result, ms
 
     def _work(self, function: Callable[..., T], *args: Any) -> T:

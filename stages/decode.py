@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from stages.config import ModelConfig
+from stages.groups import groups
 from stages.messages import CleanChunk, Pixels
 from stages.networks.vae import Vae
 
@@ -24,7 +25,11 @@ class DecodeStage:
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[CleanChunk]) -> list[Pixels]:
-        """One chunk of latents of each of several sessions to uint8 (f, size, size, 3), in one batch."""
+        """One chunk of latents of each of several sessions to uint8 (f, size, size, 3)."""
+        device = next(self.vae.parameters()).device
+        return [pixels for part in groups(len(chunks), device) for pixels in self._run_together(chunks[part])]
+
+    def _run_together(self, chunks: Sequence[CleanChunk]) -> list[Pixels]:
         frames = self.decode(torch.from_numpy(np.concatenate([chunk.latents for chunk in chunks])))
         # Truncated, not rounded, as the method's authors write their frames.
         pixels = (frames * 255).to(torch.uint8).cpu().numpy()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.config import ModelConfig
+from stages.groups import groups
 from stages.keypoints import draw
 from stages.messages import (
     CleanChunk,
@@ -74,7 +75,12 @@ class DenoiseStage:
     ) -> list[WindowStep]:
         """`run` with its tensors still on the device; `noise` replaces each session's own."""
         motions = [Motion(self._tensor(chunk.tokens), self._pose(chunk.keypoints)) for chunk in chunks]
-        return run_windows(self.denoising_unet, self.config.window, states, motions, noise)
+        given = noise or [None] * len(states)
+        return [
+            step
+            for part in groups(len(states), self._device)
+            for step in run_windows(self.denoising_unet, self.config.window, states[part], motions[part], given[part])
+        ]
 
     @torch.inference_mode()
     def add_keyframe(self, state: WindowState, features: ReferenceFeatures) -> WindowState:
@@ -137,6 +143,10 @@ class DenoiseStage:
 
     def _tensor(self, array: NDArray[np.floating]) -> Tensor:
         return self._to_device(torch.from_numpy(array))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.denoising_unet.parameters()).device
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self.denoising_unet.parameters()))

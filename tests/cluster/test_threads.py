@@ -14,6 +14,14 @@ async def test_a_thread_knows_how_long_calls_take_and_how_much_it_has_worked() -
     assert 0.03 <= thread.busy_s < 1
 
 
+async def test_the_first_call_of_a_size_counts_only_until_there_is_another() -> None:
+    thread = StageThread("stage")
+    for seconds, at_most_ms in ((0.2, 1000), (0.01, 150), (0.2, 150)):
+        await thread.call(1, time.sleep, seconds)
+        assert thread.call_ms[1] < at_most_ms
+    assert thread.call_ms[1] > 15
+
+
 async def test_a_thread_knows_that_it_is_stuck() -> None:
     thread = StageThread("stage")
     assert thread.stuck_s == 0
