@@ -42,7 +42,7 @@ RENEW_S = 2.0
 """How often a replica renews its lease and tells how it is, or four times per `lease_s`."""
 ASK_AGAIN_S = 1.0
 """How often who waits for a place asks for it."""
-OPENING_SHARE = 0.3
+OPENING_SHARE = 0.1
 """Of one replica's time: openings are work for the members that serve those who are there already."""
 MAX_PARKED = 64
 """Sessions of one replica whose clients have vanished and may come back."""

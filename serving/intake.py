@@ -60,6 +60,12 @@ class Intake:
         """Whether the client has ended and everything has been used, padding too."""
         return self._has_ended and not self._pending and not self._num_padding
 
+    @property
+    def chunk_pixels(self) -> int:
+        """How many a chunk has as it comes; 0 before the first frame."""
+        width, height = self._frame_size or (0, 0)
+        return self._num_frames * width * height
+
     def take(
         self, message: DrivingFrame, payload: memoryview, now_s: float, credit: int, period_s: float | None
     ) -> None:

@@ -16,6 +16,7 @@ from fastapi.staticfiles import StaticFiles
 
 from cluster.memory import Releaser
 from cluster.threads import yield_to_others
+from cluster.turnstile import Turnstile
 from serving import protocol
 from serving.connection import Connection
 from serving.pipeline import Pipeline
@@ -28,6 +29,8 @@ from stages.portraits import BUNDLED_CLIP, bundled_portraits
 PAGE = Path(__file__).parent / "page"
 RETRY_S = 10.0
 """When a full replica may be worth another try."""
+PORTRAIT_SHARE = 0.04
+"""Of a replica's time: so much may go into decoding portraits, three of usual ones a second."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def _add_health(api: FastAPI, backend: Backend) -> None:
 def _add_stream(api: FastAPI, backend: Backend, settings: Settings, replica: Replica) -> None:
     # Who has a picture already comes before those who bring a portrait.
     portrait_thread = ThreadPoolExecutor(1, "portrait", yield_to_others)
-    surroundings = Surroundings(backend.connect, settings, portrait_thread, replica.metrics, replica.draining)
+    portraits, draining = Turnstile(PORTRAIT_SHARE), replica.draining
+    surroundings = Surroundings(backend.connect, settings, portrait_thread, portraits, replica.metrics, draining)
     releaser = Releaser()
 
     @api.websocket("/v1/stream")

@@ -24,6 +24,7 @@ from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
 
+from cluster.turnstile import Turnstile
 from serving import clock, protocol
 from serving.codec import encode
 from serving.connection import Connection
@@ -48,6 +49,10 @@ PONG_INTERVAL_S = 0.1
 TOKEN_BYTES = 24
 MAX_DELAY_MS = 3.6e6
 """A client may say anything of its clock."""
+MANY_PIXELS = 4_000_000
+"""In the frames of a chunk: four of 1280x720 have fewer, and our own clients send much smaller ones."""
+LARGE_FRAMES_SHARE = 0.1
+"""Of the time: so long may a session's larger frames be decoded."""
 NOTICE_S = 1.0
 """Who waits longer than this for the model is told why."""
 
@@ -61,6 +66,8 @@ class Surroundings:
     settings: Settings
     portrait_thread: Executor
     """For portraits: they may have 40 megapixels, so they are decoded one at a time, and not among frames."""
+    portraits: Turnstile
+    """Who waits for that. Whoever leaves meanwhile costs nothing."""
     metrics: IngressMetrics
     draining: asyncio.Event
     """Set when the replica is being replaced."""
@@ -94,7 +101,8 @@ class Session:
         self.stream: Stream | None = None
         self.is_queued = self.is_idle = False
         self._connect, self._settings = surroundings.connect, surroundings.settings
-        self._portrait_thread, self._draining = surroundings.portrait_thread, surroundings.draining
+        self._portrait_thread, self._portraits = surroundings.portrait_thread, surroundings.portraits
+        self._draining = surroundings.draining
         self._metrics, self._meter = surroundings.metrics, SessionMeter(surroundings.metrics)
         self._hello = protocol.Hello(protocol=protocol.PROTOCOL)
         self._portrait_file = b""
@@ -106,6 +114,7 @@ class Session:
         self._granted = 0
         self._num_refused = 0
         self._next_pong_s = float("-inf")
+        self._large_frames = Turnstile(LARGE_FRAMES_SHARE)
         self._clock: clock.Clock | None = None
         self._delays = DelayWindow()
         self._has_vanished = self._knows_token = False
@@ -315,7 +324,8 @@ class Session:
     async def _portrait(self, size_px: int) -> Pixels:
         data, self._portrait_file = self._portrait_file, b""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._portrait_thread, _load_portrait, self._hello, data, size_px)
+        async with self._portraits.turn():
+            return await loop.run_in_executor(self._portrait_thread, _load_portrait, self._hello, data, size_px)
 
     async def _pipeline(self) -> Pipeline:
         connecting = asyncio.ensure_future(self._connect())
@@ -352,7 +362,10 @@ class Session:
         try:
             while not intake.is_used_up:
                 self._changed.clear()
-                chunk = await self._next_chunk(intake, delivery, size_px) if delivery.may_accept else None
+                chunk = None
+                if delivery.may_accept:
+                    async with self._decoding_turn(intake):
+                        chunk = await self._next_chunk(intake, delivery, size_px)
                 if chunk is not None:
                     stamps, frames = chunk
                     await self._take_place(stream)
@@ -396,6 +409,10 @@ class Session:
         if self.is_idle:
             await stream.wake()
             self.is_idle = self.is_queued = False
+
+    def _decoding_turn(self, intake: Intake) -> contextlib.AbstractAsyncContextManager[None]:
+        """Before frames are chosen, so that those that wait for it are the freshest then."""
+        return self._large_frames.turn() if intake.chunk_pixels > MANY_PIXELS else contextlib.nullcontext()
 
     async def _next_chunk(self, intake: Intake, delivery: Delivery, size_px: int) -> tuple[list[Stamp], Pixels] | None:
         """The next chunk of whole frames, decoded; the client is told of the damaged ones."""

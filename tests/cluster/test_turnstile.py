@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from cluster import turnstile as turnstiles
 from cluster.turnstile import Turnstile
 
 
@@ -40,3 +41,20 @@ async def test_who_stops_waiting_takes_no_turn() -> None:
     await asyncio.wait_for(staying, 0.5)
     with pytest.raises(asyncio.CancelledError):
         await leaving[0]
+
+
+async def test_a_turn_ends_also_when_it_fails() -> None:
+    turnstile = Turnstile(share=0.5)
+    with pytest.raises(ZeroDivisionError):
+        async with turnstile.turn():
+            raise ZeroDivisionError
+    async with asyncio.timeout(0.5), turnstile.turn():
+        pass
+
+
+async def test_a_pause_is_never_longer_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turnstiles, "MAX_PAUSE_S", 0.1)
+    turnstile = Turnstile(share=0.001)
+    async with turnstile.turn():
+        await asyncio.sleep(0.05)
+    await asyncio.wait_for(turnstile.enter(), 1.0)

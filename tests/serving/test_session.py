@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import struct
@@ -656,6 +657,24 @@ async def test_pings_without_frames_keep_a_session_only_for_so_long(echo_server,
     assert error.code == "idle" and "no frames" in error.message
     assert server.pool.streams[0].is_idle
     await server.until_closed()
+
+
+async def test_large_frames_are_decoded_for_a_share_of_the_time_only(echo_server, portrait):
+    server = await echo_server()
+    large = encode(np.full((1100, 1400, 3), 90, np.uint8), "png")
+    num_chunks = {}
+    for name, payload in (("small", FRAME), ("large", large)):
+        async with connect(server.url) as socket:
+            await say(socket, portrait)
+            until_s = asyncio.get_running_loop().time() + 1.0
+            for seq in itertools.count():
+                await socket.send(frame(seq, payload))
+                await asyncio.sleep(0.01)
+                if asyncio.get_running_loop().time() > until_s:
+                    break
+            num_chunks[name] = len(server.pool.streams[-1].entered)
+    # Four chunks may be under way before the first receipt, which never comes here.
+    assert num_chunks["small"] == 4 and 1 <= num_chunks["large"] < 4
 
 
 async def test_an_interruption_is_told_and_so_is_its_end(echo_server, portrait):
