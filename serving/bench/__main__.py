@@ -20,9 +20,10 @@ from typing import Any
 
 from serving.bench import kills as bench_kills
 from serving.bench import plots as bench_plots
+from serving.bench import server as bench_server
 from serving.bench import table as bench_table
 from serving.bench.machine import machine
-from serving.bench.runs import measure
+from serving.bench.runs import GOOD_SESSIONS, measure, measure_beside_bad_clients
 from serving.bench.server import Server, own_server
 from stages.errors import UserError
 from stages.portraits import BUNDLED_CLIP
@@ -32,30 +33,55 @@ NUM_REPLICAS = 2
 """Of an own server: one can die while the other serves."""
 ALL_ADMITTED_FPS = 1.0
 """A target rate that leaves room for everybody."""
+MARGIN = 0.9
+"""Of a target rate, so that the places which it is to give are there for sure."""
 
 
 def setting(args: argparse.Namespace) -> dict[str, Any]:
     """Where all runs take place: the figures without any run."""
-    server = {"url": args.url} if args.url else server_settings(args) | {"haproxy": args.haproxy}
+    server = {"url": args.url} if args.url else server_settings(args, None) | {"haproxy": args.haproxy}
     return {"machine": machine(), "server": server, "runs": []}
 
 
-def server_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Of the own server."""
+def server_settings(args: argparse.Namespace, target_fps: float | None) -> dict[str, Any]:
+    """Of an own server; None: its own target rate."""
     settings = {"num_replicas": NUM_REPLICAS, "spare_members": args.spare_members}
-    target_fps = args.target_fps or (None if args.newcomer else ALL_ADMITTED_FPS)
+    target_fps = args.target_fps or target_fps
     return settings if target_fps is None else settings | {"target_fps": target_fps}
 
 
 @contextlib.contextmanager
-def the_server(args: argparse.Namespace) -> Iterator[Server]:
+def the_server(args: argparse.Namespace, target_fps: float | None) -> Iterator[Server]:
     """The one that is named, or an own one. Raises UserError."""
     if args.url:
         yield Server(args.url)
         return
     print("starting a server, which takes a minute ...", file=sys.stderr)
-    with own_server(server_settings(args), args.haproxy) as server:
+    with own_server(server_settings(args, target_fps), args.haproxy) as server:
         yield server
+
+
+@contextlib.contextmanager
+def server_with_places(args: argparse.Namespace, num_sessions: int) -> Iterator[Server]:
+    """A server on which so many sessions find a place, and few more. Raises UserError."""
+    with the_server(args, None) as server:
+        house = bench_server.status(server) or {}
+        num_places, target_fps = house.get("places", num_sessions), house.get("target_fps", ALL_ADMITTED_FPS)
+        if num_places >= num_sessions or args.url or args.target_fps:
+            yield server
+            return
+    with the_server(args, MARGIN * target_fps * num_places / num_sessions) as server:
+        yield server
+
+
+def run_all(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Adds every run that the command line asks for. Raises UserError."""
+    if args.newcomer or args.overload or args.kill or not args.bad_clients:
+        with the_server(args, None if args.newcomer else ALL_ADMITTED_FPS) as server:
+            asyncio.run(measure(args, server, figures))
+    for num in (args.sessions or GOOD_SESSIONS) if args.bad_clients else ():
+        with server_with_places(args, num) as server:
+            asyncio.run(measure_beside_bad_clients(args, server, figures, num))
 
 
 def numbers(text: str) -> list[float]:
@@ -80,7 +106,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m serving.bench",
         description="Plays real sessions through a server and measures what they get: rates, delays, recoveries.",
         epilog="Every --sessions number gets an undisturbed run, and one of each kind that is asked for beside it. "
-        "Without --sessions these are 1,2,4,8; 1 for --overload, 3 for --kill, 2 for --bad-clients.",
+        "Without --sessions these are 1,2,4,8; 1 for --overload, 3 for --kill, 2 for --bad-clients. "
+        "The runs beside bad clients have a server of their own, on which the good ones hold the places.",
     )
     parser.add_argument("--sessions", type=counts, metavar="N,N", help="at once, such as 1,2,4,8")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each run (default 30); with --kill at least")
@@ -100,7 +127,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--target-fps",
         type=float,
         metavar="X",
-        help="of the server (default 1, so that everybody is admitted; with --newcomer the server's own)",
+        help="of the server (default 1, so that everybody is admitted; for --newcomer and --bad-clients its own)",
     )
     parser.add_argument("--driving", type=Path, default=BUNDLED_CLIP, metavar="VIDEO", help="default: the bundled clip")
     parser.add_argument("--fps", type=float, help="driving frames a second of each session (default: the video's)")
@@ -131,8 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         header_num_frames(args.driving)
         if args.plots:
             bench_plots.load_matplotlib()
-        with the_server(args) as server:
-            asyncio.run(measure(args, server, figures))
+        run_all(args, figures)
         if args.plots:
             bench_plots.write_plots(figures, args.plots)
     except UserError as error:

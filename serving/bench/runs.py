@@ -50,6 +50,8 @@ class Bench:
     film: Film
     figures: dict[str, Any]
     """Of the machine and the server, and all `runs`."""
+    target_fps: float | None
+    """The server's."""
 
     async def run(self, plan: Plan, during: During, alone: Run | None = None) -> Run:
         """Plays one run. `alone`: a run of the same sessions without what disturbs this one."""
@@ -58,7 +60,7 @@ class Bench:
 
     def keep(self, log: Log, alone: Run | None = None) -> Run:
         """The figures of a run that is over, which go to `--out` too: they survive what happens later."""
-        run = bench_report.figures(log, alone)
+        run = bench_report.figures(log, alone) | {"target_fps": self.target_fps}
         self.figures["runs"].append(run)
         if self.args.out:
             self.args.out.write_text(json.dumps(self.figures, indent=1) + "\n")
@@ -71,13 +73,11 @@ class Bench:
 
 
 async def measure(args: argparse.Namespace, server: Server, figures: dict[str, Any]) -> None:
-    """Adds all `runs` that the command line asks for to the figures. Raises UserError."""
-    async with Client(server.url, portrait=next(iter(bundled_portraits()))) as client:
-        size_px = client.ready.size_px
-    bench = Bench(args, server, await asyncio.to_thread(load_film, args.driving, size_px), figures)
-    # A server's first frames are slow, whoever asks for them.
-    warm_up_s = min(WARM_UP_S, args.seconds)
-    await play(server, Plan(1, warm_up_s, bench.input_fps), bench.film, wait_for(warm_up_s, "warm-up"))
+    """Adds all `runs` that the command line asks for to the figures, but for those beside bad clients.
+
+    Raises UserError.
+    """
+    bench = await _prepare(args, server, figures)
     if args.newcomer:
         await run_newcomer(bench)
         return
@@ -88,14 +88,35 @@ async def measure(args: argparse.Namespace, server: Server, figures: dict[str, A
         for num in args.sessions or KILL_SESSIONS:
             plan = Plan(num, args.seconds, bench.input_fps, kill=args.kill, num_kills=args.kills)
             await bench.run(plan, kills(plan))
-    if args.bad_clients:
-        await run_beside_bad_clients(bench, plain)
+
+
+async def measure_beside_bad_clients(
+    args: argparse.Namespace, server: Server, figures: dict[str, Any], num_sessions: int
+) -> None:
+    """Adds the runs of good sessions alone, and with ten bad clients beside them. Raises UserError."""
+    bench = await _prepare(args, server, figures)
+    plan = Plan(num_sessions, args.seconds, bench.input_fps)
+    alone = await bench.run(plan, wait_for(plan.seconds, f"{plan.name}, to compare"))
+    plan = replace(plan, has_bad_clients=True)
+    await bench.run(plan, bad_clients(plan), alone)
+
+
+async def _prepare(args: argparse.Namespace, server: Server, figures: dict[str, Any]) -> Bench:
+    async with Client(server.url, portrait=next(iter(bundled_portraits()))) as client:
+        size_px = client.ready.size_px
+    house = await asyncio.to_thread(bench_server.status, server) or {}
+    film = await asyncio.to_thread(load_film, args.driving, size_px)
+    bench = Bench(args, server, film, figures, house.get("target_fps"))
+    # A server's first frames are slow, whoever asks for them.
+    warm_up_s = min(WARM_UP_S, args.seconds)
+    await play(server, Plan(1, warm_up_s, bench.input_fps), film, wait_for(warm_up_s, "warm-up"))
+    return bench
 
 
 async def run_plain(bench: Bench) -> dict[int, Run]:
     """Undisturbed runs, by their number of sessions."""
     args = bench.args
-    others = args.overload or args.kill or args.bad_clients
+    others = args.overload or args.kill
     plans = {
         num: Plan(num, args.seconds, bench.input_fps) for num in args.sessions or (() if others else PLAIN_SESSIONS)
     }
@@ -113,15 +134,6 @@ async def run_overload(bench: Bench, reference: Run) -> None:
             fps = factor * reference["total_fps"] / num
             plan = Plan(num, bench.args.seconds, fps, overload=factor)
             await bench.run(plan, wait_for(plan.seconds, plan.name))
-
-
-async def run_beside_bad_clients(bench: Bench, plain: dict[int, Run]) -> None:
-    """Good sessions alone, if that was not measured yet, and with ten bad clients beside them."""
-    for num in bench.args.sessions or GOOD_SESSIONS:
-        plan = Plan(num, bench.args.seconds, bench.input_fps)
-        alone = plain.get(num) or await bench.run(plan, wait_for(plan.seconds, plan.name))
-        plan = replace(plan, has_bad_clients=True)
-        await bench.run(plan, bad_clients(plan), alone)
 
 
 async def run_newcomer(bench: Bench) -> None:

@@ -4,10 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -15,13 +12,13 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
+from serving.bench import server as bench_server
+
 ROOT = Path(__file__).parents[2]
 READY_S = 240
-STOP_S = 30
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,13 @@ def running_server(ready=True, **settings):
     """Starts `serving:app` with these settings; yields when its weights are loaded, or else have failed to load."""
     # Short, since Ray puts unix sockets below it, whose paths may have 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pl-", dir="/tmp"))
-    port = free_port()
-    application = {"name": "default", "route_prefix": "/", "import_path": "serving:app", "args": settings}
-    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
-    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PERSONALIVE_"))}
-    environment |= {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment |= {"PYTHONPATH": str(ROOT)}
+    port = bench_server.free_port()
+    (folder / "serve.yaml").write_text(yaml.safe_dump(bench_server.serve_config(port, settings)))
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve.yaml")],
+            [bench_server.serve_command(), "run", str(folder / "serve.yaml")],
             cwd=ROOT,
-            env=environment,
+            env=bench_server.server_environment(folder, haproxy=False),
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -64,14 +56,8 @@ def running_server(ready=True, **settings):
         wait_until(server, process, ready)
         yield server
     finally:
-        stop(process)
+        bench_server.stop(process)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def readiness(server):
@@ -93,18 +79,6 @@ def wait_until(server, process, ready):
             return
         time.sleep(0.5)
     raise AssertionError(f"the server did not get ready; its log ends:\n{server.log.read_text()[-3000:]}")
-
-
-def stop(process):
-    """Ends the server and every process that it has started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        _, alive = psutil.wait_procs([psutil.Process(process.pid), *children], timeout=STOP_S)
-        for survivor in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                survivor.kill()
-    process.wait(timeout=10)
 
 
 @pytest.fixture(scope="module")

@@ -49,11 +49,19 @@ def test_three_times_the_input_is_dropped_and_delays_nobody(house):
     assert thrice["dropped"]["surplus"] > 0.4 * 20 * thrice["input_fps"]
 
 
-def test_bad_clients_of_all_kinds_leave_the_good_ones_alone(house):
-    alone, beside = bench("--url", house.stream, "--bad-clients", "--seconds", "20")
+def test_bad_clients_of_all_kinds_leave_those_who_have_places_alone():
+    alone, beside = bench("--bad-clients", "--seconds", "20")
     assert {name.split()[0] for name in beside["bad_clients"]} == set(KINDS)
+    assert alone["target_fps"] == beside["target_fps"] > 1
     assert beside["total_fps"] > alone["total_fps"] / 2
     assert beside["p95_ratio"] < 2
+
+
+def test_bad_clients_that_all_are_let_in_stop_nobody(house):
+    alone, beside = bench("--url", house.stream, "--bad-clients", "--seconds", "20")
+    assert beside["bad_clients"]["flood flooding"] > 0 < beside["bad_clients"]["garbage left"]
+    assert beside["total_fps"] > alone["total_fps"] / 4
+    assert beside["delay_ms"]["p99"] < 10_000
 
 
 def test_broken_messages_get_typed_errors_and_a_good_client_keeps_its_frames(house):

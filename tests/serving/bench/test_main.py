@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from serving.bench import runs as bench_runs
-from serving.bench.__main__ import main, parse_args, server_settings, setting
-from serving.bench.runs import measure
+from serving.bench.__main__ import ALL_ADMITTED_FPS, main, parse_args, server_settings, setting
+from serving.bench.runs import measure, measure_beside_bad_clients
 from serving.bench.server import Server
 from serving.settings import Settings
 from stages.video import VideoWriter
@@ -28,12 +28,15 @@ def clip(tmp_path):
     return path
 
 
-async def runs(echo_server, clip, *arguments, **behaviour):
-    """What is measured of an echoing server."""
+async def runs(echo_server, clip, *arguments, num_good=None, **behaviour):
+    """What is measured of an echoing server; `num_good`: of such sessions beside bad clients."""
     server = await echo_server(chunk_s=0.02, **behaviour)
     args = parse_args(["--url", server.url, "--driving", str(clip), "--fps", "50", *arguments])
     figures = setting(args)
-    await measure(args, Server(server.url), figures)
+    if num_good is None:
+        await measure(args, Server(server.url), figures)
+    else:
+        await measure_beside_bad_clients(args, Server(server.url), figures, num_good)
     assert json.loads(json.dumps(figures)) == figures
     return figures["runs"]
 
@@ -54,7 +57,7 @@ async def test_overload_alone_measures_one_session_first(echo_server, clip):
 
 
 async def test_good_sessions_are_measured_alone_and_beside_bad_clients(echo_server, clip):
-    alone, beside = await runs(echo_server, clip, "--bad-clients", "--seconds", "1")
+    alone, beside = await runs(echo_server, clip, "--bad-clients", "--seconds", "1", num_good=2)
     assert (alone["sessions"], beside["sessions"]) == (2, 2)
     assert alone["bad_clients"] is None and sum(beside["bad_clients"].values()) > 0
     assert beside["p95_ratio"] == pytest.approx(beside["delay_ms"]["p95"] / alone["delay_ms"]["p95"], abs=0.001)
@@ -100,11 +103,11 @@ def test_a_wrong_command_line_is_refused(wrong, capsys):
 
 
 def test_settings_of_the_own_server_are_known_to_it_and_let_everybody_in():
-    settings = Settings(**server_settings(parse_args(["--spare-members", "1"])))
+    settings = Settings(**server_settings(parse_args(["--spare-members", "1"]), ALL_ADMITTED_FPS))
     assert (settings.num_replicas, settings.target_fps, settings.spare_members) == (2, 1, 1)
     assert setting(parse_args(["--haproxy"]))["server"]["haproxy"] is True
-    with_newcomer = [server_settings(parse_args(["--newcomer", *more])) for more in ((), ("--target-fps", "5"))]
-    assert [Settings(**values).target_fps for values in with_newcomer] == [Settings().target_fps, 5]
+    given = [server_settings(parse_args(arguments), None) for arguments in ([], ["--target-fps", "5"])]
+    assert [Settings(**values).target_fps for values in given] == [Settings().target_fps, 5]
 
 
 @pytest.mark.parametrize(
