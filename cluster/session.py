@@ -42,8 +42,10 @@ RENEW_S = 2.0
 """How often a replica renews its lease and tells how it is, or four times per `lease_s`."""
 ASK_AGAIN_S = 1.0
 """How often who waits for a place asks for it."""
-OPENING_SHARE = 0.1
+OPENING_SHARE = 0.2
 """Of one replica's time: openings are work for the members that serve those who are there already."""
+RESUMPTION_SHARE = 0.5
+"""The same for those who come back: when a replica has died, all of its sessions at once."""
 MAX_PARKED = 64
 """Sessions of one replica whose clients have vanished and may come back."""
 PARTS = ("restart", "imports", "weights", "restore", "first_frame")
@@ -86,7 +88,7 @@ class Pool:
         """Why no session can be opened at present; None while all is well. Looked up with every renewal."""
         self._manager: Any = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._openings = Turnstile(OPENING_SHARE)
+        self._openings, self._resumptions = Turnstile(OPENING_SHARE), Turnstile(RESUMPTION_SHARE)
         self._parked: dict[str, asyncio.TimerHandle] = {}
         self.describe: Callable[[], Mapping[str, Any]] = dict
         """What this replica tells the manager of itself, for the status."""
@@ -187,13 +189,14 @@ class Pool:
 
     async def _begin(self, session: Session, snapshot: SessionSnapshot | None) -> Session:
         """Opens a session when it is its turn; when nobody waits for it any more, closes it again."""
+        turnstile = self._resumptions if snapshot else self._openings
         try:
-            await self._openings.enter()
+            await turnstile.enter()
         except BaseException:
             self._start(self._close(session.id, session.epoch))
             raise
         opening = self._start(session.begin(snapshot))
-        opening.add_done_callback(lambda _: self._openings.leave())
+        opening.add_done_callback(lambda _: turnstile.leave())
         try:
             await asyncio.shield(opening)
         except BaseException:
