@@ -74,16 +74,7 @@ def own_server(settings: dict[str, Any], haproxy: bool = False) -> Iterator[Serv
     # Short, since Ray puts unix sockets below it, whose paths may have 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pl-", dir="/tmp"))
     port = free_port()
-    (folder / "serve.yaml").write_text(yaml.safe_dump(serve_config(port, settings)))
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            [serve_command(), "run", str(folder / "serve.yaml")],
-            cwd=ROOT,
-            env=server_environment(folder, haproxy),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the load generator, which then ends the server.
-        )
+    process = start(folder, port, settings, haproxy)
     try:
         server = Server(f"ws://127.0.0.1:{port}/v1/stream", process.pid)
         wait_until_ready(server, process, folder / "log")
@@ -91,6 +82,29 @@ def own_server(settings: dict[str, Any], haproxy: bool = False) -> Iterator[Serv
     finally:
         stop(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(folder: Path, port: int, settings: dict[str, Any], haproxy: bool = False) -> subprocess.Popen[bytes]:
+    """`serve run` with these settings, in a session of its own: Ctrl-C is for who starts it, and who then ends it.
+
+    What it prints goes to `log` in the folder, and below this lies all that its Ray writes.
+    """
+    (folder / "serve.yaml").write_text(yaml.safe_dump(serve_config(port, settings)))
+    with open(folder / "log", "w") as log:
+        return subprocess.Popen(
+            [serve_command(), "run", str(folder / "serve.yaml")],
+            cwd=ROOT,
+            env=server_environment(folder, haproxy),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=heed_interrupts,
+        )
+
+
+def heed_interrupts() -> None:
+    """A command in a shell's background ignores SIGINT, and so would what it starts; but that is how a server ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def serve_config(port: int, settings: dict[str, Any]) -> dict[str, Any]:

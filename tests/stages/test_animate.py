@@ -270,7 +270,11 @@ def test_an_interrupted_run_leaves_the_old_video_and_nothing_else(outputs):
     options = {"portrait": "ada", "driving": BUNDLED_CLIP, "out": outputs / "out.mp4", "device": "cpu", "threads": 1}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     run = subprocess.Popen(
-        [sys.executable, "-m", "stages.animate", *arguments], stderr=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        [sys.executable, "-m", "stages.animate", *arguments],
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        # A test run in a shell's background ignores interrupts, and what it starts would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while run.poll() is None and not any(outputs.glob(".*.part")):
         time.sleep(0.02)

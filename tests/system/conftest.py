@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 import urllib.error
@@ -13,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
 from serving.bench import server as bench_server
 
-ROOT = Path(__file__).parents[2]
 READY_S = 240
 
 
@@ -42,15 +39,7 @@ def running_server(ready=True, **settings):
     # Short, since Ray puts unix sockets below it, whose paths may have 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pl-", dir="/tmp"))
     port = bench_server.free_port()
-    (folder / "serve.yaml").write_text(yaml.safe_dump(bench_server.serve_config(port, settings)))
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            [bench_server.serve_command(), "run", str(folder / "serve.yaml")],
-            cwd=ROOT,
-            env=bench_server.server_environment(folder, haproxy=False),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    process = bench_server.start(folder, port, settings)
     try:
         server = Server(port, process.pid, folder / "log")
         wait_until(server, process, ready)
@@ -83,7 +72,7 @@ def wait_until(server, process, ready):
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server(idle_timeout_s=5, pause_timeout_s=10, max_sessions=8, target_fps=1) as running:
+    with running_server(idle_timeout_s=5, pause_timeout_s=20, max_sessions=8, target_fps=1) as running:
         yield running
 
 

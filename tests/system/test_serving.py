@@ -128,7 +128,7 @@ async def test_bad_clients_leave_no_memory_behind(server):
 
 
 async def test_silent_clients_are_ended_and_give_their_places_back(server):
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(90):
         sessions = [Client(server.stream, portrait="ada") for _ in range(8)]
         await asyncio.gather(*(session.__aenter__() for session in sessions))
         with pytest.raises(ServerError) as refused:

@@ -55,6 +55,18 @@ def test_a_server_is_stopped_with_all_that_it_has_started():
     assert len(family) == 3 and not psutil.wait_procs(family, timeout=5)[1]
 
 
+def test_a_server_heeds_interrupts_also_when_its_starter_ignores_them():
+    code = (
+        "import signal, subprocess, sys\n"
+        "from serving.bench.server import heed_interrupts\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "process = subprocess.Popen(['sleep', '60'], preexec_fn=heed_interrupts)\n"
+        "process.send_signal(signal.SIGINT)\n"
+        "sys.exit(process.wait(timeout=20) != -signal.SIGINT)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 def test_a_server_that_ends_while_it_starts_is_an_error_with_the_end_of_its_log(tmp_path):
     (tmp_path / "log").write_text("the weights are nowhere")
     process = subprocess.Popen(["false"])
