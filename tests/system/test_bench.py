@@ -41,6 +41,12 @@ def house():
         yield server
 
 
+def test_every_session_gets_its_share(house):
+    one, four = bench("--url", house.stream, "--sessions", "1,4", "--seconds", "10")
+    assert len(four["fps"]) == 4 and min(four["fps"]) > max(four["fps"]) / 2
+    assert four["total_fps"] > one["total_fps"] / 2
+
+
 def test_three_times_the_input_is_dropped_and_delays_nobody(house):
     _, once, thrice = bench("--url", house.stream, "--overload", "1,3", "--seconds", "20")
     assert thrice["input_fps"] == pytest.approx(3 * once["input_fps"], rel=0.01)
