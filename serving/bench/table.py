@@ -51,11 +51,12 @@ def run_row(run: Run) -> Sequence[str]:
 
 def overload_lines(runs: Iterable[Run]) -> str:
     """How each overloaded run's p95 stands against the one with the least input, for the same number of sessions."""
-    loaded = [run for run in runs if run["overload"] is not None]
+    undisturbed = [run for run in runs if not run["kill"] and run["bad_clients"] is None and run["newcomer"] is None]
     lines = []
-    for run in loaded:
-        least = min((other for other in loaded if other["sessions"] == run["sessions"]), key=lambda r: r["overload"])
-        if run is not least:
+    for run in undisturbed:
+        alike = [other for other in undisturbed if other["sessions"] == run["sessions"]]
+        least = min(alike, key=lambda other: other["input_fps"])
+        if run["overload"] is not None and run is not least:
             lines.append(f"{run['name']}: {against(run, least)}")
     return "\n".join(lines)
 
@@ -66,8 +67,8 @@ def against(run: Run, least: Run) -> str:
     growth = run["memory_growth_after_first_minute"]
     memory = "" if growth is None else f"; memory {growth:+.1%} after the first minute"
     return (
-        f"p95 {number(more_ms, sign='+')} ms against input x{least['overload']:g}, a chunk takes {number(period_ms)} ms"
-        + memory
+        f"p95 {number(more_ms, sign='+')} ms against that with {number(least['input_fps'], 1)} frames a second, "
+        f"a chunk takes {number(period_ms)} ms" + memory
     )
 
 

@@ -12,10 +12,10 @@ from serving.line import Event, ServerError
 MACHINE = {"cores": 2, "cpu": "Some CPU", "gpu": None, "python": "3.11", "torch": "2.13", "ray": "2.60"}
 
 
-def run(delay_ms=500.0, num_sessions=1, log=None, **plan):
+def run(delay_ms=500.0, num_sessions=1, log=None, input_fps=25.0, **plan):
     outputs = [Output(1000.0 + 100 * number, delay_ms) for number in range(90)]
     sessions = [SessionLog(outputs) for _ in range(num_sessions)]
-    plan = Plan(num_sessions, 10.0, 25.0, **plan)
+    plan = Plan(num_sessions, 10.0, input_fps, **plan)
     return bench_report.figures(Log(plan, 4, 0.0, 10_000.0, sessions, **(log or {})))
 
 
@@ -39,13 +39,17 @@ def test_every_run_has_its_row_under_the_machine():
 
 
 def test_an_overloaded_run_is_set_against_the_one_with_the_least_input():
-    told = text(run(), run(overload=1.0), run(delay_ms=640.0, overload=3.0))
-    assert "1 session, input x3: p95 +140 ms against input x1, a chunk takes 404 ms" in told
+    told = text(run(), run(overload=1.0, input_fps=20.0), run(delay_ms=640.0, overload=3.0, input_fps=60.0))
+    assert "1 session, input x3: p95 +140 ms against that with 20.0 frames a second, a chunk takes 404 ms" in told
+    assert "input x1: p95" not in told
+    told = text(run(), run(delay_ms=640.0, overload=3.0, input_fps=60.0))
+    assert "p95 +140 ms against that with 25.0 frames a second" in told
 
 
 def test_memory_growth_is_told_where_it_is_known():
     memory = [Memory(5.0 * number, 1000.0 + number, None) for number in range(40)]
-    assert "memory +2." in text(run(overload=1.0), run(overload=3.0, log={"memory": memory}))
+    loaded = run(overload=3.0, input_fps=60.0, log={"memory": memory})
+    assert "memory +2." in text(run(overload=1.0, input_fps=20.0), loaded)
 
 
 def test_kills_are_told_by_what_was_killed_with_their_parts():
