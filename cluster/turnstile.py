@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
-MAX_PAUSE_S = 5.0
+MAX_PAUSE_S = 2.0
 """One that takes very long costs more than the share, and not everybody's time who comes behind it."""
 
 

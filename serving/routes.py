@@ -29,8 +29,8 @@ from stages.portraits import BUNDLED_CLIP, bundled_portraits
 PAGE = Path(__file__).parent / "page"
 RETRY_S = 10.0
 """When a full replica may be worth another try."""
-PORTRAIT_SHARE = 0.04
-"""Of a replica's time: so much may go into decoding portraits, three of usual ones a second."""
+PORTRAIT_SHARE = 0.2
+"""Of a replica's time: so much may go into decoding portraits, a dozen of usual ones a second."""
 
 
 @dataclass(frozen=True)
