@@ -83,7 +83,7 @@ def test_whatever_is_killed_every_session_streams_again():
     assert run["num_not_recovered"] == 0 and len(run["fps"]) == 3
     members_died = [recovery for recovery in run["recoveries"] if recovery["kill"] in STAGES]
     assert len(members_died) == 9
-    assert all(recovery["imports_ms"] > 0 and recovery["weights_ms"] > 0 for recovery in members_died)
+    assert all(recovery["first_frame_ms"] > 0 and recovery["total_ms"] > 100 for recovery in members_died)
     # A manager that dies interrupts nobody.
     assert not any(recovery["kill"] == "manager" for recovery in run["recoveries"])
 

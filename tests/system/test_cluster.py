@@ -328,7 +328,8 @@ async def test_after_a_members_death_the_results_are_those_of_one_process(weight
     assert [event if event == "recovering" else "recovered" for event in heard.events] == ["recovering", "recovered"]
     parts_ms = heard.events[1]
     assert set(parts_ms) == {"restart", "imports", "weights", "restore", "first_frame"}
-    assert min(parts_ms.values()) >= 0 and parts_ms["imports"] + parts_ms["weights"] > 100
+    # What the new process did before the death was noticed is no part of the interruption.
+    assert min(parts_ms.values()) >= 0 and sum(parts_ms.values()) > 10
     difference = np.abs(np.stack([result.frames for result in results]).astype(int) - np.stack(expected))
     assert difference.max() <= 1
 
