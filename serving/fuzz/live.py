@@ -200,7 +200,9 @@ class Conversation:
                 last, _ = protocol.parse_server(await self._socket.recv())
                 self._note(last)
                 if isinstance(last, protocol.OutputFrame):
-                    await self._socket.send(protocol.pack(protocol.Shown(self._num_outputs)))
+                    # A server that has closed meanwhile may have said why: that still lies unread.
+                    with contextlib.suppress(ConnectionClosed):
+                        await self._socket.send(protocol.pack(protocol.Shown(self._num_outputs)))
         except ConnectionClosed as closed:
             self._note_end(last, closed)
         finally:

@@ -64,6 +64,27 @@ async def test_a_server_that_closes_without_a_reason_has_failed():
     assert "without a reason (code 1000)" in (await fails(answer)).failures[0].what
 
 
+async def test_what_a_server_said_last_is_read_though_it_has_closed_already():
+    async def answer(socket):
+        output = protocol.OutputFrame(
+            index=0,
+            seq=None,
+            capture_ms=None,
+            no_face=False,
+            server_ms=None,
+            stage_ms={},
+            dropped={},
+            width=8,
+            height=8,
+        )
+        await socket.send(protocol.pack(output, b"picture"))
+        await socket.send(protocol.pack(protocol.Ended(0, 0, 1, {})))
+        await socket.close()
+
+    heard = await fails(answer)
+    assert heard.failures == [] and heard.counts == {"frame": 1, "end": 1}
+
+
 async def test_a_server_that_closes_as_the_transport_does_has_said_why():
     async def answer(socket):
         await socket.close(1007, "no UTF-8")
