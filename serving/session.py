@@ -53,6 +53,8 @@ MANY_PIXELS = 4_000_000
 """In the frames of a chunk: four of 1280x720 have fewer, and our own clients send much smaller ones."""
 LARGE_FRAMES_SHARE = 0.1
 """Of the time: so long may a session's larger frames be decoded."""
+FIRST_LOOK_S = 0.05
+"""Between a hello and the work that it asks for: who says hello and vanishes, again and again, costs no work."""
 NOTICE_S = 1.0
 """Who waits longer than this for the model is told why."""
 
@@ -324,6 +326,8 @@ class Session:
     async def _portrait(self, size_px: int) -> Pixels:
         data, self._portrait_file = self._portrait_file, b""
         loop = asyncio.get_running_loop()
+        # Who has left already is noticed meanwhile.
+        await asyncio.sleep(FIRST_LOOK_S)
         async with self._portraits.turn():
             return await loop.run_in_executor(self._portrait_thread, _load_portrait, self._hello, data, size_px)
 

@@ -677,6 +677,20 @@ async def test_large_frames_are_decoded_for_a_share_of_the_time_only(echo_server
     assert num_chunks["small"] == 4 and 1 <= num_chunks["large"] < 4
 
 
+async def test_who_vanishes_with_the_hello_costs_no_work(echo_server, portrait, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("serving.session._load_portrait", lambda *args: decoded.append(args))
+    server = await echo_server()
+    for _ in range(5):
+        async with connect(server.url) as socket:
+            await socket.send(hello(portrait))
+            socket.transport.abort()
+    async with asyncio.timeout(3):
+        while server.replica.sessions:
+            await asyncio.sleep(0.01)
+    assert decoded == [] and server.pool.streams == []
+
+
 async def test_an_interruption_is_told_and_so_is_its_end(echo_server, portrait):
     server = await echo_server()
     async with connect(server.url) as socket:
