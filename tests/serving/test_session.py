@@ -364,7 +364,7 @@ async def test_portraits_are_decoded_one_at_a_time_even_when_their_clients_leave
         for _ in range(6):
             leaver = await stack.enter_async_context(connect(server.url))
             await leaver.send(hello(portrait))
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.07)
             leaver.transport.abort()
         clients = [Client(server.url, portrait=portrait) for _ in range(5)]
         await asyncio.gather(*(stack.enter_async_context(client) for client in clients))
