@@ -82,7 +82,8 @@ def test_whatever_is_killed_every_session_streams_again():
     assert [kill["kill"] for kill in run["kills"]] == ["motion", "denoise", "decode", "manager", "replica"]
     assert run["num_not_recovered"] == 0 and len(run["fps"]) == 3
     members_died = [recovery for recovery in run["recoveries"] if recovery["kill"] in STAGES]
-    assert len(members_died) == 9
+    # A session between two chunks need not notice.
+    assert {recovery["kill"] for recovery in members_died} == {"motion", "denoise", "decode"}
     assert all(recovery["first_frame_ms"] > 0 and recovery["total_ms"] > 100 for recovery in members_died)
     # A manager that dies interrupts nobody.
     assert not any(recovery["kill"] == "manager" for recovery in run["recoveries"])
