@@ -34,6 +34,10 @@ def bench(*arguments):
     return runs
 
 
+ONE_PLACE = ("--target-fps", "25")
+"""One person always has a place, and at this rate a machine with two cores has none for a second."""
+
+
 @pytest.fixture(scope="module")
 def house():
     """A server that lets everybody in."""
@@ -56,9 +60,9 @@ def test_three_times_the_input_is_dropped_and_delays_nobody(house):
 
 
 def test_bad_clients_of_all_kinds_leave_those_who_have_places_alone():
-    alone, beside = bench("--bad-clients", "--seconds", "20")
+    alone, beside = bench("--bad-clients", "--sessions", "1", "--seconds", "20", *ONE_PLACE)
     assert {name.split()[0] for name in beside["bad_clients"]} == set(KINDS)
-    assert alone["target_fps"] == beside["target_fps"] > 1
+    assert alone["target_fps"] == beside["target_fps"] == 25
     assert beside["total_fps"] > alone["total_fps"] / 2
     assert beside["p95_ratio"] < 2
 
@@ -90,7 +94,7 @@ def test_whatever_is_killed_every_session_streams_again():
 
 
 def test_one_more_than_there_are_places_waits_in_line_and_gets_the_first_free_place():
-    (run,) = bench("--newcomer", "--seconds", "15")
+    (run,) = bench("--newcomer", "--seconds", "15", *ONE_PLACE)
     newcomer = run["newcomer"]
     assert newcomer["position"] == 1 and newcomer["estimate_s"] > 0
     assert newcomer["ready_after_leave_ms"] > 0
