@@ -18,15 +18,19 @@ from stages.errors import BadConfig
 T = TypeVar("T")
 
 MAY_BE_ZERO = {
+    "unet.chunk_causal",
     "keypoints.drawn",
+    "unet.num_bases",
     "keypoints.colours",
     "keypoints.translation_scale",
     "window.timesteps",
     "window.max_keyframes",
     "window.keyframe_threshold",
     "window.first_keyframe_call",
+    "pose_guider.head.margin",
 }
-"""Every other number of a config is more than 0, and none is less."""
+MAY_BE_NEGATIVE = {"pose_guider.head.centre"}
+"""Every other number of a config is more than 0."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,15 @@ class UNetConfig:
     num_norm_groups: int = 32
     num_motion_heads: int = 8
     num_temporal_heads: int = 8
+    motion_in_time: bool = False
+    """Whether the sum of a frame's motion tokens also joins its time embedding, and so reaches every residual block: a
+    quicker way to learn than attention."""
+    num_bases: int = 0
+    """Pictures in latents that come with the pose, from which the answer starts (`stages.networks.unet.with_bases`)."""
     max_positions: int = 32
     """Length of the temporal position table; a window may not have more frames."""
+    chunk_causal: int = 0
+    """0: frames of a window see all of it (paper, section 3.3); `chunk_frames`: only their own and cleaner chunks."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +101,41 @@ class KeypointConfig:
 
 
 @dataclass(frozen=True)
+class HeadConfig:
+    """The ellipsoid that stands for a head where the portrait is moved with its keypoints (`stages.moved`), in units of
+    the keypoints' root mean square distance from their mean, along the portrait's axes (z away from the viewer)."""
+
+    centre: tuple[float, ...] = (0.0, -0.10, 0.52)
+    """From the mean of the keypoints to the middle of the head."""
+    radii: tuple[float, ...] = (1.14, 1.46, 0.9)
+    margin: float = 0.35
+    """How far beyond the outline, in radii, the picture still moves with the head."""
+    softness: float = 0.085
+    grid_px: int = 4
+    """Places are computed for squares of this side and interpolated between them."""
+
+
+@dataclass(frozen=True)
 class PoseGuiderConfig:
-    """Drawn keypoints to a feature map as large as the latents; each channel step after the first halves the sides."""
+    """Canvases (`stages.canvas`) to a feature map as large as the latents; each channel step after the first halves the
+    sides."""
 
     channels: tuple[int, ...] = (16, 32, 96, 256)
+    pixel_patch: int = 1
+    """Squares of this side are folded into channels first."""
+    shows_portrait: bool = False
+    """Whether the canvas also holds the portrait, unmoved and as the keypoints move it (`stages.moved`)."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+    @property
+    def canvas_channels(self) -> int:
+        """Channels of a canvas: the drawn keypoints and, where it shows the portrait, two pictures of it."""
+        return 9 if self.shows_portrait else 3
+
+    @property
+    def downscale(self) -> int:
+        """Canvas side over feature side."""
+        return self.pixel_patch * 2 ** (len(self.channels) - 1)
 
 
 @dataclass(frozen=True)
@@ -108,6 +150,8 @@ class VaeConfig:
     scaling_factor: float = 0.18215
     pixel_patch: int = 1
     latent_patch: int = 1
+    plain_output: bool = False
+    """No norm and activation before the last convolutions, so that the whole can start as a linear transform."""
 
     @property
     def downscale(self) -> int:
@@ -146,6 +190,9 @@ class WindowConfig:
     """Distance in motion-token space above which a finished frame becomes a keyframe."""
     first_keyframe_call: int = 9
     """Calls before this one never add a keyframe (counted from 0)."""
+    interpolated_start: bool = True
+    """Whether the transition leads from the portrait's motion to the first driving frame's (paper, section 3.3); if
+    not, all of it but its first frame has the latter at once."""
 
     @property
     def num_levels(self) -> int:
@@ -169,6 +216,8 @@ class ModelConfig:
     name: str = "personalive"
     licence: str = "see WEIGHTS.md"
     size_px: int = 512
+    cpu_bfloat16: bool = False
+    """Whether the networks run in bfloat16 on a CPU that multiplies it in hardware (on others in fp32)."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     motion_encoder: MotionEncoderConfig = field(default_factory=MotionEncoderConfig)
     keypoints: KeypointConfig = field(default_factory=KeypointConfig)
@@ -192,19 +241,35 @@ def check_config(config: ModelConfig) -> None:
     _check_numbers(config)
     vae, unet, window = config.vae, config.unet, config.window
     points, encoder = config.keypoints, config.motion_encoder
-    pose_downscale = 2 ** (len(config.pose_guider.channels) - 1)
+    guider = config.pose_guider
     wrong = [
         (config.size_px % vae.downscale, f"size_px {config.size_px} is not a multiple of the VAE's {vae.downscale}"),
         (
             unet.in_channels != vae.latent_channels * vae.latent_patch**2,
             f"unet.in_channels {unet.in_channels} is not vae.latent_channels · latent_patch²",
         ),
-        (pose_downscale != vae.downscale, f"pose guider shrinks by {pose_downscale}, the VAE by {vae.downscale}"),
+        (guider.downscale != vae.downscale, f"pose guider shrinks by {guider.downscale}, the VAE by {vae.downscale}"),
+        (
+            len(guider.head.centre) != 3 or len(guider.head.radii) != 3,
+            "pose_guider.head.centre and radii are three numbers each",
+        ),
+        (
+            unet.num_bases not in (0, 2),
+            f"unet.num_bases {unet.num_bases} must be 0, or 2: the portrait as the keypoints move it, and unmoved",
+        ),
+        (
+            unet.num_bases and not (config.pose_guider.shows_portrait and window.prediction == "sample"),
+            'unet.num_bases needs pose_guider.shows_portrait, and window.prediction "sample"',
+        ),
         (not any(unet.attention_levels), "unet.attention_levels must be true somewhere: the portrait is read there"),
         (len(unet.attention_levels) != len(unet.block_channels), "unet.attention_levels needs one entry per block"),
         (
             window.num_frames > unet.max_positions,
             f"{window.num_frames} window frames exceed unet.max_positions {unet.max_positions}",
+        ),
+        (
+            unet.chunk_causal not in (0, window.chunk_frames),
+            f"unet.chunk_causal {unet.chunk_causal} is neither 0 nor window.chunk_frames {window.chunk_frames}",
         ),
         (window.num_levels < 2, "window.timesteps needs at least two levels"),
         (not window.beta_start <= window.beta_end < 1, "window.beta_start, window.beta_end and 1 must increase"),
@@ -244,7 +309,7 @@ def _check_numbers(section: Any, where: str = "") -> None:
         for number in _numbers(value):
             if not math.isfinite(number):
                 raise BadConfig(f"model config: {name} {number} must be finite")
-            if number < 0 or (number == 0 and name not in MAY_BE_ZERO):
+            if name not in MAY_BE_NEGATIVE and (number < 0 or (number == 0 and name not in MAY_BE_ZERO)):
                 bound = "0 or more" if name in MAY_BE_ZERO else "more than 0"
                 raise BadConfig(f"model config: {name} {number} must be {bound}")
 

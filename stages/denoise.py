@@ -1,7 +1,8 @@
 """The denoise stage: motion into the sliding windows, clean chunks out.
 
 Called by the members and the in-process pipeline. The stage holds weights only: windows (`stages.window`) are values
-that the caller keeps, and a call may hold those of several sessions.
+that the caller keeps, and a call may hold those of several sessions. Whatever precision the networks run in, a window's
+latents, tokens and bank are fp32.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stages.canvas import canvases
 from stages.config import ModelConfig
 from stages.groups import groups
-from stages.keypoints import draw
 from stages.messages import (
     CleanChunk,
     Floats,
     Keyframe,
     MotionChunk,
+    Pixels,
     PortraitFeatures,
     ReferenceFeatures,
     WindowSnapshot,
@@ -45,7 +48,7 @@ class DenoiseStage:
     ) -> WindowState:
         """A new session's window. portrait_tokens (T, D); seed 0 … 2^64 - 1; `noise` as in `open_window`."""
         token = self._tensor(portrait.token)
-        return open_window(
+        state = open_window(
             self.config.window,
             portrait=self._tensor(portrait.latent),
             image_token=token,
@@ -54,6 +57,7 @@ class DenoiseStage:
             seed=seed,
             noise=noise,
         )
+        return replace(state, picture=self._picture(portrait.pixels))
 
     @torch.inference_mode()
     def run(
@@ -74,11 +78,15 @@ class DenoiseStage:
         noise: Sequence[Tensor | None] | None = None,
     ) -> list[WindowStep]:
         """`run` with its tensors still on the device; `noise` replaces each session's own."""
-        motions = [Motion(self._tensor(chunk.tokens), self._pose(chunk.keypoints)) for chunk in chunks]
+        states = self._introduced(states, chunks)
+        motions = [
+            Motion(self._tensor(chunk.tokens), self._pose(state, chunk.keypoints))
+            for state, chunk in zip(states, chunks, strict=True)
+        ]
         given = noise or [None] * len(states)
         return [
             step
-            for part in groups(len(states), self._device)
+            for part in groups(len(states), self._parameter.device)
             for step in run_windows(self.denoising_unet, self.config.window, states[part], motions[part], given[part])
         ]
 
@@ -93,7 +101,16 @@ class DenoiseStage:
         arrays = [tensor.float().cpu().numpy() for tensor in (state.latents, state.tokens, state.bank)]
         latents, tokens, bank = arrays
         keypoints = np.empty((0, 0, 3), np.float32) if state.keypoints is None else state.keypoints
-        return WindowSnapshot(state.seed, state.num_calls, latents, tokens, keypoints, bank, state.keyframes)
+        return WindowSnapshot(
+            state.seed,
+            state.num_calls,
+            latents,
+            tokens,
+            keypoints,
+            bank,
+            state.keyframes,
+            state.portrait_keypoints,
+        )
 
     @torch.inference_mode()
     def restore(
@@ -108,7 +125,7 @@ class DenoiseStage:
             num_calls=snapshot.num_calls,
             latents=self._tensor(snapshot.latents),
             tokens=self._tensor(snapshot.tokens),
-            pose=torch.cat([self._pose(part) for part in parts]) if snapshot.num_calls else token.new_empty(0),
+            pose=token.new_empty(0),
             portrait=self._tensor(portrait.latent),
             image_token=token,
             memory=self._memory(portrait.features, token),
@@ -116,7 +133,11 @@ class DenoiseStage:
             num_keyframes=len(snapshot.keyframes),
             keypoints=snapshot.keypoints if snapshot.num_calls else None,
             keyframes=snapshot.keyframes,
+            picture=self._picture(portrait.pixels),
+            portrait_keypoints=snapshot.portrait_keypoints,
         )
+        if snapshot.num_calls:
+            state = replace(state, pose=torch.cat([self._pose(state, part) for part in parts]))
         for features in keyframes:
             state = add_keyframe(state, self._memory(features, token))
         return state
@@ -132,21 +153,35 @@ class DenoiseStage:
         keyframe = Keyframe(result.keyframe.float().cpu().numpy(), state.image_token.float().cpu().numpy())
         return replace(state, keyframes=(*state.keyframes, keyframe)), clean, keyframe
 
-    def _pose(self, keypoints: Floats) -> Tensor:
+    def _introduced(self, states: Sequence[WindowState], chunks: Sequence[MotionChunk]) -> list[WindowState]:
+        """The windows, knowing the portrait's keypoints: a session's first motion starts at the portrait's own pose."""
+        if not self.config.pose_guider.shows_portrait:
+            return list(states)
+        return [
+            state if state.num_calls else replace(state, portrait_keypoints=chunk.keypoints[0].copy())
+            for state, chunk in zip(states, chunks, strict=True)
+        ]
+
+    def _pose(self, state: WindowState, keypoints: Floats) -> Tensor:
         """(f, c0, h, w) pose features; keypoints travel rather than these, which are a thousand times larger."""
-        canvases = draw(torch.from_numpy(keypoints), self.config.size_px, self.config.keypoints)
-        return self.pose_guider(self._to_device(canvases))
+        start = None if state.portrait_keypoints is None else self._tensor(state.portrait_keypoints)
+        seen = canvases(self._tensor(keypoints), state.picture, start, self.config)
+        return self.pose_guider(seen.to(self._parameter.dtype))
+
+    def _picture(self, pixels: Pixels | None) -> Tensor | None:
+        """(3, s, s) in [0, 1]."""
+        return None if pixels is None else self._tensor(rearrange(pixels, "h w c -> c h w") / np.float32(255))
 
     def _memory(self, features: ReferenceFeatures, token: Tensor) -> Memory:
-        layers = [self._tensor(layer) for layer in features.layers]
-        return project_memory(self.denoising_unet, attention_names(self.config.unet), layers, token)
+        layers = [torch.from_numpy(layer).to(self._parameter) for layer in features.layers]
+        names = attention_names(self.config.unet)
+        return project_memory(self.denoising_unet, names, layers, token.to(self._parameter))
 
     def _tensor(self, array: NDArray[np.floating]) -> Tensor:
-        return self._to_device(torch.from_numpy(array))
+        """fp32, on the stage's device."""
+        return torch.from_numpy(array).to(self._parameter.device, torch.float32)
 
     @property
-    def _device(self) -> torch.device:
-        return next(self.denoising_unet.parameters()).device
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(next(self.denoising_unet.parameters()))
+    def _parameter(self) -> Tensor:
+        """Stands for all: their device and precision."""
+        return next(self.denoising_unet.parameters())

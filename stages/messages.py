@@ -76,6 +76,8 @@ class PortraitFeatures:
     """(cross_attention_dim,) the image encoder's token."""
     latent: Floats
     """(c, h, w) the portrait's latent."""
+    pixels: Pixels | None = None
+    """(s, s, 3) the portrait, only for a model whose canvases show it (`PoseGuiderConfig.shows_portrait`)."""
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,5 @@ class WindowSnapshot:
     """(m, T · D) the motion bank."""
     keyframes: tuple[Keyframe, ...]
     """In the order in which they extended the memory."""
+    portrait_keypoints: Floats | None = None
+    """(K, 3), where the canvases show the portrait; None before the first call."""

@@ -118,8 +118,13 @@ def follow(
 def with_transition(
     config: ModelConfig, state: MotionState, target: Pose, keypoints: Floats, tokens: Floats
 ) -> tuple[Floats, Floats]:
-    """Puts the motion-interpolated start in front of a session's first chunk (paper, section 3.3)."""
+    """Puts the motion-interpolated start in front of a session's first chunk (paper, section 3.3).
+
+    Its first frame is the portrait as it is, which the denoise stage counts on, also without `interpolated_start`.
+    """
     num_frames = config.window.num_transition_frames
     leading = posed_keypoints(interpolate_start(state.portrait, target, num_frames)).numpy()
     leading_tokens = interpolate(repeat(state.portrait_tokens, "t d -> 1 t d"), tokens[:1], num_frames)
+    if not config.window.interpolated_start:
+        leading[1:], leading_tokens[1:] = keypoints[0], tokens[0]
     return np.concatenate([leading, keypoints]), np.concatenate([leading_tokens, tokens])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stages.allocator import keep_freed_memory
 from stages.config import ModelConfig
 from stages.decode import DecodeStage
 from stages.denoise import DenoiseStage
@@ -58,24 +59,39 @@ def load_stages(
     device: str = "auto",
     num_threads: int = 0,
 ) -> Stages:
-    """The named stages with their weights on a device, and torch's threads set for this process.
+    """The named stages with their weights on a device; sets torch's threads and the allocator for this process.
 
     weights: "tiny" or a folder, ours or official. device: auto, cpu, cuda, cuda:N; auto takes a GPU if there is one.
-    num_threads: 0 takes `default_num_threads()`. Networks run in fp32 on the CPU, in fp16 on a GPU (the keypoint
-    extractor always in fp32: its angles are the result of a sum that fp16 rounds to 0.06 degrees). Raises BadWeights,
-    BadConfig.
+    num_threads: 0 takes `default_num_threads()`. Networks run in fp16 on a GPU; on a CPU in bfloat16 where the config's
+    `cpu_bfloat16` is set and the CPU multiplies it (`runs_bfloat16`), else in fp32. So a model that sets it gives
+    slightly different frames on different CPUs: unset it in `config.json` for equal ones. The keypoint extractor always
+    runs in fp32: its angles are the result of a sum that fp16 rounds to 0.06 degrees. Raises BadWeights, BadConfig.
     """
     torch.set_num_threads(num_threads or default_num_threads())
+    keep_freed_memory()
     target = find_device(device)
     names = sorted({name for stage in stages for name in STAGE_NETWORKS[stage]})
     config, networks = load_networks(weights, names)
     if weights != "tiny":
         logger.warning("weights %s (%s). Licence: %s.", weights, config.name, config.licence)
+    dtype = network_dtype(config, target)
     for name, network in networks.items():
-        half = target.type == "cuda" and name != "keypoint_extractor"
-        network.to(target, torch.float16 if half else torch.float32)
+        network.to(target, torch.float32 if name == "keypoint_extractor" else dtype)
     made = {stage: _make_stage(stage, config, networks) for stage in stages}
     return Stages(config, **made)
+
+
+def network_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """What the networks run in on a device, all but the keypoint extractor."""
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if config.cpu_bfloat16 and runs_bfloat16() else torch.float32
+
+
+def runs_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it would be slower than fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def find_device(device: str) -> torch.device:

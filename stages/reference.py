@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from stages.config import ModelConfig
@@ -34,11 +35,13 @@ class ReferenceStage:
         parameter = next(self.reference_unet.parameters())
         pixels = clip_pixels(portrait, self.config.image_encoder.image_px)
         token = self.image_encoder(pixels.to(parameter))[0]
-        latent = self.vae.encode(portrait_tensor(portrait, self.config.size_px).to(parameter))
+        picture = portrait_tensor(portrait, self.config.size_px)
+        latent = self.vae.encode(picture.to(parameter))
         return PortraitFeatures(
             features=self._features(latent, token),
             token=token.float().cpu().numpy(),
             latent=latent[0].float().cpu().numpy(),
+            pixels=_bytes(picture[0]) if self.config.pose_guider.shows_portrait else None,
         )
 
     @torch.inference_mode()
@@ -52,3 +55,8 @@ class ReferenceStage:
         layers = self.reference_unet(latent, token)
         # Rounded to fp16 whatever the run's precision: the method's authors do, and weights are trained with it.
         return ReferenceFeatures(tuple(layer.half().cpu().numpy() for layer in layers))
+
+
+def _bytes(picture: Tensor) -> Pixels:
+    """A picture (3, s, s) in [-1, 1] as uint8 (s, s, 3)."""
+    return rearrange((picture / 2 + 0.5) * 255, "c h w -> h w c").round().to(torch.uint8).contiguous().numpy()

@@ -29,7 +29,11 @@ NETWORKS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "vae": lambda config: Vae(config.vae),
     "image_encoder": lambda config: ImageEncoder(config.image_encoder),
     "reference_unet": lambda config: ReferenceUNet(config.unet),
-    "pose_guider": lambda config: PoseGuider(config.pose_guider, config.unet.block_channels[0]),
+    "pose_guider": lambda config: PoseGuider(
+        config.pose_guider,
+        config.unet.block_channels[0],
+        config.unet.num_bases and config.unet.in_channels,
+    ),
     "denoising_unet": lambda config: DenoisingUNet(config.unet, config.motion_encoder.token_dim),
 }
 

@@ -55,6 +55,10 @@ class WindowState:
     keypoints: Floats | None = None
     """(n, K, 3) that `pose` was made of, and `keyframes` that `memory` was: kept by the stage, for its snapshots."""
     keyframes: tuple[Keyframe, ...] = ()
+    picture: Tensor | None = None
+    """(3, s, s) the portrait in [0, 1] and, from the first call on, its keypoints (K, 3): only where the canvases show
+    the portrait, and for the stage alone."""
+    portrait_keypoints: Floats | None = None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ else:
     Layers = nn.ModuleList
 
 
+MAX_WRITTEN_OUT_KEYS = 512
+"""With more keys the table of all scores would need too much memory."""
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(b, l, heads · d) to (b, heads, l, d)."""
     return rearrange(x, "b l (h d) -> b h l d", h=num_heads)
@@ -40,6 +44,20 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(b, heads, l, d) to (b, l, heads · d)."""
     return rearrange(x, "b h l d -> b l (h d)")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Softmax attention, scaled by 1/sqrt(head size): (b, heads, l, d), twice (b, heads, m, d) to (b, heads, l, d).
+
+    seen (l, m) bool: which keys each query looks at, at least one; None: all.
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[-2] <= MAX_WRITTEN_OUT_KEYS:
+        # torch's fused attention takes twice as long for as few keys in bfloat16, and so does its softmax.
+        scores = (query * query.shape[-1] ** -0.5) @ rearrange(key, "b h m d -> b h d m")
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -math.inf)
+        return scores.float().softmax(dim=-1).to(value.dtype) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
 
 
 class Attention(nn.Module):
@@ -53,12 +71,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = Layers([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (b, l, dim), context (b, m, context_dim) to (b, l, dim)."""
+    def forward(self, x: Tensor, context: Tensor, seen: Tensor | None = None) -> Tensor:
+        """x (b, l, dim), context (b, m, context_dim) to (b, l, dim); `seen` (l, m) as in `attend`."""
         query = split_heads(self.to_q(x), self.num_heads)
         key = split_heads(self.to_k(context), self.num_heads)
         value = split_heads(self.to_v(context), self.num_heads)
-        return self.to_out[0](merge_heads(F.scaled_dot_product_attention(query, key, value)))
+        return self.to_out[0](merge_heads(attend(query, key, value, seen)))
 
 
 class GEGLU(nn.Module):
@@ -69,7 +87,11 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * inner_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        # Two products rather than the halves of one: a half is not contiguous, which costs as much as the product.
+        value, gate = (
+            F.linear(x, weight, bias)
+            for weight, bias in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
+        )
         return value * F.gelu(gate)
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from stages.config import UNetConfig
@@ -31,6 +31,7 @@ from stages.networks.layers import (
     ResnetBlock,
     TimeEmbedding,
     Upsample,
+    attend,
     merge_heads,
     split_heads,
     temporal_positions,
@@ -103,7 +104,7 @@ def read_memories(attention: Attention, x: Tensor, memories: Sequence[LayerMemor
     for query, key, value, memory in per_session:
         keys = torch.cat([key, memory.keys.expand(len(key), -1, -1, -1)], dim=2)
         values = torch.cat([value, memory.values.expand(len(value), -1, -1, -1)], dim=2)
-        outputs.append(F.scaled_dot_product_attention(query, keys, values))
+        outputs.append(attend(query, keys, values))
     return attention.to_out[0](merge_heads(torch.cat(outputs)))
 
 
@@ -192,7 +193,10 @@ class MotionModule(nn.Module):
 
 
 class TemporalModule(nn.Module):
-    """Self-attention of each pixel along the window; positions count from the oldest frame (paper, section 3.3)."""
+    """Self-attention of each pixel along the window; positions count from the oldest frame (paper, section 3.3).
+
+    Bidirectional, unless `chunk_causal` hides the chunks that are noisier than a frame's own.
+    """
 
     positions: Tensor
 
@@ -200,6 +204,7 @@ class TemporalModule(nn.Module):
         super().__init__()
         self.temporal_transformer = SideTransformer(dim, dim, config.num_temporal_heads, config.num_norm_groups)
         self.register_buffer("positions", temporal_positions(config.max_positions, dim), persistent=False)
+        self.chunk_causal = config.chunk_causal
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         """x (sessions · num_frames, C, h, w) to the same shape."""
@@ -207,12 +212,20 @@ class TemporalModule(nn.Module):
         inner = outer.transformer_blocks[0]
         tokens = outer.proj_in(to_tokens(outer.norm(x)))
         tokens = rearrange(tokens, "(b f) l c -> (b l) f c", f=num_frames)
+        seen = chunk_causal_mask(num_frames, self.chunk_causal, x.device) if self.chunk_causal else None
         for attention, norm in zip(inner.attention_blocks, inner.norms, strict=True):
             placed = norm(tokens) + self.positions[:num_frames]
-            tokens = tokens + attention(placed, placed)
+            tokens = tokens + attention(placed, placed, seen)
         tokens = tokens + inner.ff(inner.ff_norm(tokens))
         tokens = rearrange(tokens, "(b l) f c -> (b f) l c", l=x.shape[-2] * x.shape[-1])
         return x + to_image(outer.proj_out(tokens), x)
+
+
+def chunk_causal_mask(num_frames: int, chunk_frames: int, device: torch.device | str = "cpu") -> Tensor:
+    """(num_frames, num_frames) bool, oldest frame first: row i is true where frame i looks, at its own chunk and the
+    older, cleaner ones."""
+    chunks = torch.arange(num_frames, device=device) // chunk_frames
+    return rearrange(chunks, "f -> f 1") >= rearrange(chunks, "f -> 1 f")
 
 
 @dataclass(frozen=True)
@@ -368,28 +381,34 @@ class DenoisingUNet(nn.Module):
         c0 = config.block_channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, c0, 3, padding=1)
         self.time_embedding = TimeEmbedding(c0, time_width(config))
+        self.motion_in = nn.Linear(token_dim, time_width(config)) if config.motion_in_time else None
         self.down_blocks = Layers([Block(plan, config, token_dim) for plan in down_plans(config)])
         self.up_blocks = Layers([Block(plan, config, token_dim) for plan in up_plans(config)])
         self.mid_block = MidBlock(config, token_dim)
         self.conv_norm_out = nn.GroupNorm(config.num_norm_groups, c0, eps=1e-5)
-        self.conv_out = nn.Conv2d(c0, config.in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(c0, config.in_channels * (1 + config.num_bases), 3, padding=1)
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, motion: Tensor, pose: Tensor, memories: Sequence[Memory]
     ) -> Tensor:
         """latents (b, f, c, h, w), timesteps (f,), motion (b, f, T, D), pose (b, f, c0, h, w) to (b, f, c, h, w).
 
-        b = sessions, f = frames of the window, oldest first.
+        b = sessions, f = frames of the window, oldest first. Latents and motion may be of any precision. Where
+        the pose brings bases (`with_bases`) it has that many times c channels more.
         """
         num_sessions, num_frames = latents.shape[:2]
+        dtype = self.conv_in.weight.dtype
+        motion = rearrange(motion.to(dtype), "b f t d -> (b f) t d")
+        time = self.time_embedding(timesteps).repeat(num_sessions, 1)
         conditions = Conditions(
-            time=F.silu(self.time_embedding(timesteps)).repeat(num_sessions, 1),
-            motion=rearrange(motion, "b f t d -> (b f) t d"),
+            time=F.silu(time if self.motion_in is None else time + self.motion_in(motion.sum(1))),
+            motion=motion,
             memories=iter(zip(*memories, strict=True)),
             num_frames=num_frames,
         )
-        x = self.conv_in(rearrange(latents, "b f c h w -> (b f) c h w"))
-        x = x + rearrange(pose, "b f c h w -> (b f) c h w")
+        x = self.conv_in(rearrange(latents.to(dtype), "b f c h w -> (b f) c h w"))
+        guide, bases = rearrange(pose, "b f c h w -> (b f) c h w").tensor_split((x.shape[1],), dim=1)
+        x = x + guide
         skips = [x]
         for block in self.down_blocks:
             for index in range(len(block.resnets)):
@@ -406,7 +425,21 @@ class DenoisingUNet(nn.Module):
             for upsampler in block.upsamplers:
                 x = upsampler(x, skips[-1].shape[-2:])
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return rearrange(x, "(b f) c h w -> b f c h w", b=num_sessions)
+        return rearrange(with_bases(x, bases), "(b f) c h w -> b f c h w", b=num_sessions)
+
+
+def with_bases(x: Tensor, bases: Tensor) -> Tensor:
+    """The answer (n, c, h, w) from what the network says (n, c · (1 + k), h, w) and k bases (n, c · k, h, w).
+
+    Bases are latents that are nearly the answer. How much of each is taken, the first one wholly unless the network
+    says otherwise, is said per channel and place: letting go of a base is easier to learn than drawing its negative.
+    """
+    if not bases.shape[1]:
+        return x
+    num_channels = x.shape[1] - bases.shape[1]
+    answer, gates = x.split((num_channels, bases.shape[1]), dim=1)
+    taken = reduce(gates * bases, "n (k c) h w -> n c h w", "sum", c=num_channels)
+    return answer + bases[:, :num_channels] + taken
 
 
 def read_layer(block: Block | MidBlock, index: int, x: Tensor, conditions: Conditions) -> Tensor:

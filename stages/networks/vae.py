@@ -96,6 +96,10 @@ class UpBlock(nn.Module):
         return x
 
 
+def _output_norm(config: VaeConfig, width: int) -> nn.GroupNorm | None:
+    return None if config.plain_output else nn.GroupNorm(config.num_norm_groups, width, eps=NORM_EPS)
+
+
 class Encoder(nn.Module):
     """Folded pictures (n, 3·p², H/p, W/p) to 2·latent_channels moments at the lowest resolution."""
 
@@ -108,14 +112,15 @@ class Encoder(nn.Module):
             [DownBlock(inputs[i], width, config, last=i == len(widths) - 1) for i, width in enumerate(widths)]
         )
         self.mid_block = MidBlock(widths[-1], config.num_norm_groups, config.mid_attention)
-        self.conv_norm_out = nn.GroupNorm(config.num_norm_groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = _output_norm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.mid_block(x)
+        return self.conv_out(x if self.conv_norm_out is None else F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -130,14 +135,14 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             [UpBlock(inputs[i], width, config, last=i == len(widths) - 1) for i, width in enumerate(widths)]
         )
-        self.conv_norm_out = nn.GroupNorm(config.num_norm_groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = _output_norm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.pixel_patch**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(x if self.conv_norm_out is None else F.silu(self.conv_norm_out(x)))
 
 
 def fold(x: Tensor, patch: int) -> Tensor:

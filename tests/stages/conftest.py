@@ -232,6 +232,16 @@ def keyframe_stages(stages: Stages) -> Stages:
 
 
 @pytest.fixture(scope="session")
+def showing_stages(stages: Stages) -> Stages:
+    """The same weights with a pose guider whose canvases show the portrait."""
+    guider = PoseGuiderConfig(channels=(4, 6, 10), pixel_patch=2, shows_portrait=True)
+    config = replace(SMALL, pose_guider=guider)
+    made = {name: replace(getattr(stages, name), config=config) for name in STAGE_NETWORKS}
+    made["denoise"] = replace(made["denoise"], pose_guider=build("pose_guider", config, 50))
+    return Stages(config, **made)
+
+
+@pytest.fixture(scope="session")
 def official_config() -> ModelConfig:
     """What the folders that `write_official` writes are the weights of."""
     return OFFICIAL

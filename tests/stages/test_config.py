@@ -5,8 +5,10 @@ import re
 import pytest
 
 from stages.config import (
+    HeadConfig,
     KeypointConfig,
     ModelConfig,
+    PoseGuiderConfig,
     UNetConfig,
     VaeConfig,
     WindowConfig,
@@ -59,9 +61,44 @@ def test_sizes_follow_from_chunk_and_levels_apart():
     assert (window.num_levels, window.num_frames, window.num_transition_frames) == (3, 15, 10)
 
 
+def test_a_config_from_before_chunk_causal_attention_sees_the_whole_window(config):
+    values = to_dict(config)
+    del values["unet"]["chunk_causal"], values["window"]["interpolated_start"]
+    assert from_dict(ModelConfig, values) == config
+    assert (config.unet.chunk_causal, config.window.interpolated_start) == (0, True)
+
+
+def test_chunk_causal_attention_is_by_the_windows_own_chunks(config):
+    frames = config.window.chunk_frames
+    assert changed(config, "unet", {"chunk_causal": frames}).unet.chunk_causal == frames
+    with pytest.raises(BadConfig, match=f"chunk_causal {frames + 1} is neither 0 nor window.chunk_frames {frames}"):
+        changed(config, "unet", {"chunk_causal": frames + 1})
+
+
 def test_every_patch_and_every_halving_shrinks_the_latent(config):
     assert VaeConfig(block_channels=(8, 8, 8), pixel_patch=5, latent_patch=2).downscale == 40
     assert config.latent_shape == (12, 6, 6)
+
+
+def test_squares_and_halvings_shrink_the_canvas_too(config):
+    guider = PoseGuiderConfig(channels=(5, 7), pixel_patch=4, shows_portrait=True)
+    assert (guider.downscale, guider.canvas_channels) == (8, 9)
+    assert dataclasses.replace(config, pose_guider=guider).pose_guider == guider
+
+
+def test_the_official_canvas_holds_the_drawn_keypoints_alone():
+    assert (PoseGuiderConfig().downscale, PoseGuiderConfig().canvas_channels) == (8, 3)
+
+
+@pytest.mark.parametrize("values", [{"centre": (0.0, 0.1)}, {"radii": (1.0, 1.0, 1.0, 1.0)}])
+def test_a_head_has_three_axes(config, values):
+    with pytest.raises(BadConfig, match="three numbers each"):
+        changed(config, "pose_guider", {"head": HeadConfig(**values)})
+
+
+def test_the_middle_of_a_head_may_lie_on_any_side(config):
+    head = HeadConfig(centre=(-0.5, 0.0, -0.2), margin=0.0)
+    assert changed(config, "pose_guider", {"head": head}).pose_guider.head == head
 
 
 @pytest.mark.parametrize(
@@ -123,6 +160,7 @@ def test_a_whole_number_may_stand_where_a_fraction_is_meant():
         ("unet", {"in_channels": 9}, ["unet.in_channels 9", "vae.latent_channels"]),
         ("vae", {"latent_patch": 1, "pixel_patch": 4}, ["unet.in_channels 12", "latent_patch"]),
         ("pose_guider", {"channels": (4, 6, 10)}, ["pose guider shrinks by 4", "VAE by 8"]),
+        ("pose_guider", {"pixel_patch": 3}, ["pose guider shrinks by 24", "VAE by 8"]),
         ("unet", {"attention_levels": (False, False, False)}, ["unet.attention_levels", "portrait"]),
         ("unet", {"attention_levels": (True, True)}, ["unet.attention_levels", "block"]),
         ("unet", {"max_positions": 5}, ["6 window frames", "unet.max_positions 5"]),
@@ -192,6 +230,11 @@ def test_no_number_is_negative_and_the_field_is_named(config, section, name):
         ("unet", {"block_channels": (8, 0, 24)}, "unet.block_channels 0 must be more than 0"),
         ("unet", {"block_channels": ()}, "unet.block_channels must not be empty"),
         ("vae", {"block_channels": ()}, "vae.block_channels must not be empty"),
+        (
+            "pose_guider",
+            {"head": HeadConfig(radii=(1.0, -1.0, 1.0))},
+            "pose_guider.head.radii -1.0 must be more than 0",
+        ),
         ("vae", {"scaling_factor": float("nan")}, "vae.scaling_factor nan must be finite"),
         ("vae", {"scaling_factor": 0.0}, "vae.scaling_factor 0.0 must be more than 0"),
         ("image_encoder", {"norm_eps": float("inf")}, "image_encoder.norm_eps inf must be finite"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
+from stages.canvas import canvases
 from stages.keypoints import draw
 from stages.messages import MotionChunk
 from stages.networks.unet import attention_names, project_memory
@@ -81,6 +83,45 @@ def test_the_pose_is_drawn_where_it_is_read(stages, session, config):
     canvases = draw(torch.from_numpy(session.chunks[0].keypoints), 48, config.keypoints)
     expected = stages.denoise.pose_guider(canvases)
     torch.testing.assert_close(state.pose, expected[2:], rtol=0, atol=1e-5)
+
+
+def test_canvases_that_show_the_portrait_move_it_from_the_first_keypoints(showing_stages, draw_picture, draw_chunks):
+    stages = showing_stages
+    session = start(stages, draw_picture, draw_chunks, 3, num_chunks=2)
+    assert session.state.portrait_keypoints is None
+    state = session.state
+    for chunk in session.chunks:
+        [(state, _, _)] = stages.denoise.run([state], [chunk])
+        assert np.array_equal(state.portrait_keypoints, session.chunks[0].keypoints[0])
+    picture = torch.from_numpy(draw_picture(3)).permute(2, 0, 1) / 255
+    own, keypoints = (torch.from_numpy(part) for part in (session.chunks[0].keypoints[0], session.chunks[1].keypoints))
+    expected = stages.denoise.pose_guider(canvases(keypoints, picture, own, stages.config))
+    torch.testing.assert_close(state.pose[2:], expected, rtol=0, atol=1e-5)
+
+
+def test_only_the_portraits_pixels_tell_two_such_sessions_apart(showing_stages, draw_picture, draw_chunks):
+    session = start(showing_stages, draw_picture, draw_chunks, 3, num_chunks=1)
+    other = replace(session.state, picture=1 - session.state.picture)
+    results = showing_stages.denoise.run([session.state, other], session.chunks * 2)
+    assert np.abs(results[0][1].latents - results[1][1].latents).max() > 1e-4
+    for state, (after, clean, _) in zip((session.state, other), results, strict=True):
+        [(alone, clean_alone, _)] = showing_stages.denoise.run([state], session.chunks)
+        np.testing.assert_allclose(clean.latents, clean_alone.latents, rtol=0, atol=1e-4)
+        assert np.array_equal(after.portrait_keypoints, alone.portrait_keypoints)
+
+
+@pytest.mark.parametrize("num_calls", [0, 1, 3])
+def test_a_restored_window_shows_the_same_portrait(showing_stages, draw_picture, draw_chunks, num_calls):
+    stages = showing_stages
+    session = start(stages, draw_picture, draw_chunks, 3)
+    state = session.state
+    for chunk in session.chunks[:num_calls]:
+        [(state, _, _)] = stages.denoise.run([state], [chunk])
+    snapshot = pickle.loads(pickle.dumps(stages.denoise.snapshot(state)))
+    assert (snapshot.portrait_keypoints is None) == (num_calls == 0)
+    restored = stages.denoise.restore(stages.reference.open(draw_picture(3)), [], snapshot)
+    results = [stages.denoise.run([window], [session.chunks[num_calls]])[0][1] for window in (state, restored)]
+    np.testing.assert_allclose(results[0].latents, results[1].latents, rtol=0, atol=1e-5)
 
 
 def test_seed_tokens_and_keypoints_all_show_in_the_result(stages, session, draw_picture, draw_chunks):

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 
 from stages.networks.layers import (
     GEGLU,
+    MAX_WRITTEN_OUT_KEYS,
     Attention,
     Downsample,
     FeedForward,
     ResnetBlock,
     TimeEmbedding,
     Upsample,
+    attend,
     merge_heads,
     split_heads,
     temporal_positions,
@@ -45,6 +47,25 @@ def test_attention_is_a_softmax_over_scaled_products_per_head():
         weights = (query[..., part] @ key[..., part].transpose(1, 2) / math.sqrt(4)).softmax(dim=-1)
         expected[..., part] = weights @ value[..., part]
     torch.testing.assert_close(attention(x, context), attention.to_out[0](expected))
+
+
+@pytest.mark.parametrize("num_keys", [5, MAX_WRITTEN_OUT_KEYS, MAX_WRITTEN_OUT_KEYS + 1])
+def test_attention_in_bfloat16_is_that_of_fp32_rounded(num_keys):
+    query, key, value = (torch.randn(2, 3, count, 8).bfloat16() for count in (7, num_keys, num_keys))
+    exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    ours = attend(query, key, value)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), exact, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_are_not_seen_might_as_well_not_be_there(dtype):
+    query, key, value = (torch.randn(2, 3, count, 8).to(dtype) for count in (4, 6, 6))
+    seen = torch.zeros(4, 6, dtype=torch.bool)
+    seen[:, 1], seen[:, 4] = True, True
+    ours = attend(query, key, value, seen)
+    expected = attend(query, key[:, :, [1, 4]], value[:, :, [1, 4]])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02)
 
 
 def test_queries_keys_and_values_have_no_bias_and_the_output_has():

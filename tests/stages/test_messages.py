@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.messages import CleanChunk, MotionChunk, MotionState, Pose
+from stages.messages import CleanChunk, MotionChunk, MotionState, Pose, WindowSnapshot
 
 POSE = Pose(*(np.ones(shape, np.float32) for shape in ((1, 9, 3), (1, 3), (1, 3), (1, 1))))
 
@@ -26,6 +26,14 @@ def test_a_motion_state_survives_a_process_border_bit_by_bit():
     assert arrived.portrait_tokens.tobytes() == state.portrait_tokens.tobytes()
     assert arrived.first.canonical.tobytes() == POSE.canonical.tobytes()
     assert (arrived.started, arrived.held, arrived.last_tokens) == (True, None, None)
+
+
+def test_a_snapshot_survives_a_process_border_with_and_without_the_portraits_keypoints():
+    empty = np.zeros(0, np.float32)
+    for keypoints in (None, np.float32([[0.1, -0.0, 2.5]])):
+        snapshot = WindowSnapshot(7, 0, empty, empty, empty, empty, (), keypoints)
+        arrived = pickle.loads(pickle.dumps(snapshot))
+        assert np.array_equal(arrived.portrait_keypoints, keypoints)
 
 
 def test_a_new_motion_state_has_sent_and_seen_nothing():

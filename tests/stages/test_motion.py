@@ -98,6 +98,17 @@ def test_the_transition_leads_from_the_portrait_to_the_first_frame(motion, state
     np.testing.assert_allclose(chunk.keypoints[2], posed_keypoints(middle)[0].numpy(), rtol=0, atol=1e-5)
 
 
+def test_without_an_interpolated_start_all_but_the_first_frame_has_the_drivers_motion(motion, state, draw_chunks):
+    window = replace(motion.config.window, interpolated_start=False)
+    sudden = replace(motion, config=replace(motion.config, window=window))
+    frames = draw_chunks(0, 1)[0]
+    [(_, chunk)], [(_, usual)] = sudden.run([state], [frames]), motion.run([state], [frames])
+    num_leading = window.num_transition_frames
+    for ours, theirs in ((chunk.tokens, usual.tokens), (chunk.keypoints, usual.keypoints)):
+        assert np.array_equal(ours[0], theirs[0]) and np.array_equal(ours[num_leading:], theirs[num_leading:])
+        assert np.array_equal(ours[1:num_leading], np.repeat(theirs[num_leading, None], num_leading - 1, 0))
+
+
 def test_every_frame_is_cropped_by_its_own_box_and_retargeted(motion, state, config, draw_chunks):
     first, second = draw_chunks(0, 2)
     [(state, _)] = motion.run([state], [first])
@@ -203,3 +214,11 @@ def test_a_pose_whose_box_is_unusable_does_not_move_the_portrait(config):
 def test_chunks_of_any_length_are_followed(config):
     _, chunk = follow(config, random_state(started=True), [random_pose(n) for n in range(3)], [random_tokens(1)] * 3)
     assert chunk.tokens.shape == (3, 5, 6) and chunk.no_face == (False,) * 3
+
+
+def test_the_transition_starts_exactly_at_the_portraits_own_pose(motion, state, draw_chunks):
+    """The denoise stage takes the first keypoints of a session for the portrait's."""
+    own = posed_keypoints(state.portrait).numpy()[0]
+    for frames in (draw_chunks(4, 1)[0], black(draw_chunks(4, 1)[0])):
+        [(_, chunk)] = motion.run([state], [frames])
+        assert np.array_equal(chunk.keypoints[0], own)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from stages.errors import BadConfig, BadPortrait, BadWeights
 from stages.official import LICENCE
-from stages.pipeline import STAGE_NETWORKS, Stages, animate, load_networks, load_stages
+from stages.pipeline import STAGE_NETWORKS, Stages, animate, load_networks, load_stages, network_dtype, runs_bfloat16
 from stages.portraits import bundled_portraits, load_portrait
 from stages.weights import NETWORKS, save_folder
 
@@ -61,6 +63,49 @@ def test_weights_are_run_in_fp32_on_the_cpu_however_they_are_stored(tmp_path, te
     save_folder(tmp_path, config, {"vae": half})
     vae = load_stages(str(tmp_path), ["decode"], device="cpu", num_threads=1).decode.vae
     assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def coarse(config, tensors, tmp_path_factory) -> Stages:
+    """The small model in bfloat16, where this CPU multiplies it."""
+    path = tmp_path_factory.mktemp("coarse")
+    save_folder(path, replace(config, cpu_bfloat16=True), tensors)
+    return load_stages(str(path), device="cpu", num_threads=1)
+
+
+def dtypes(network: nn.Module) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in network.state_dict().values() if tensor.is_floating_point()}
+
+
+def test_bfloat16_is_taken_where_config_and_processor_say_so(config, coarse):
+    cpu, wished = torch.device("cpu"), replace(config, cpu_bfloat16=True)
+    fast = torch.bfloat16 if runs_bfloat16() else torch.float32
+    assert (network_dtype(config, cpu), network_dtype(wished, cpu)) == (torch.float32, fast)
+    assert network_dtype(wished, torch.device("cuda")) == torch.float16
+    assert dtypes(coarse.denoise.denoising_unet) == dtypes(coarse.motion.motion_encoder) == {fast}
+    assert dtypes(coarse.motion.keypoint_extractor) == {torch.float32}
+
+
+def test_a_session_is_kept_in_fp32_whatever_the_networks_run_in(coarse, draw_picture, draw_chunks):
+    portrait = draw_picture(1)
+    motion = coarse.motion.open(portrait)
+    state = coarse.denoise.open(coarse.reference.open(portrait), motion.portrait_tokens, 5)
+    for frames in draw_chunks(1, 2):
+        [(motion, chunk)] = coarse.motion.run([motion], [frames])
+        [(state, clean, _)] = coarse.denoise.run([state], [chunk])
+        kept = (state.latents, state.tokens, state.bank, state.portrait, state.image_token)
+        assert {tensor.dtype for tensor in kept} == {torch.float32}
+        # A network's answer has eight bits; the latents, stepped from it, have more.
+        assert not torch.equal(state.latents, state.latents.bfloat16().float())
+        assert chunk.tokens.dtype == clean.latents.dtype == np.float32
+    restored = coarse.denoise.restore(coarse.reference.open(portrait), [], coarse.denoise.snapshot(state))
+    assert torch.equal(restored.latents, state.latents) and torch.equal(restored.bank, state.bank)
+
+
+def test_frames_in_bfloat16_are_nearly_those_in_fp32(stages, coarse, draw_picture, draw_chunks):
+    portrait, chunks = draw_picture(1), draw_chunks(1, NUM_CALLS)
+    exact, ours = (frames_of(made, portrait, chunks, 5).astype(int) for made in (stages, coarse))
+    assert np.abs(ours - exact).mean() < 3
 
 
 def test_the_number_of_threads_is_set(folder):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stages.images import clip_pixels, portrait_tensor
 from stages.messages import Keyframe
@@ -32,6 +33,13 @@ def test_features_are_the_reference_unets_rounded_to_fp16(reference, draw_pictur
     for layer, features in zip(portrait.features.layers, exact, strict=True):
         # Half a unit in the last of fp16's eleven places, and some rounding in fp32.
         np.testing.assert_allclose(layer.astype(np.float32), features.numpy(), rtol=2**-11, atol=1e-5)
+
+
+def test_pixels_go_along_only_where_canvases_show_them(reference, showing_stages, draw_picture):
+    assert reference.open(draw_picture(1)).pixels is None
+    picture = draw_picture(1, 90, 70)
+    pixels = showing_stages.reference.open(picture).pixels
+    assert np.array_equal(pixels, Image.fromarray(picture).resize((48, 48), Image.Resampling.LANCZOS))
 
 
 @pytest.mark.parametrize("side", [31, 48, 90])

@@ -25,6 +25,7 @@ from stages.networks.unet import (
     TokenAttention,
     TransformerBlock,
     attention_names,
+    chunk_causal_mask,
     down_plans,
     extend_memory,
     project_memory,
@@ -296,6 +297,27 @@ def test_temporal_modules_look_along_time_only_with_positions_from_the_oldest_fr
     expected = torch.cat([slow_temporal(module, window, 4) for window in windows])
     found = module(rearrange(windows, "b f c h w -> (b f) c h w"), num_frames=5)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_chunk_causal_frame_sees_its_own_chunk_and_cleaner_ones():
+    assert chunk_causal_mask(5, 2).int().tolist() == [
+        [1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
+    ]
+
+
+def test_a_chunk_causal_module_answers_a_chunk_as_if_the_noisier_ones_were_not_there(config):
+    module = TemporalModule(8, dataclasses.replace(config.unet, chunk_causal=2))
+    window = torch.randn(6, 8, 2, 3)
+    whole = module(window, num_frames=6)
+    for length in (2, 4):
+        torch.testing.assert_close(whole[:length], module(window[:length], num_frames=length), rtol=0, atol=1e-5)
+    bidirectional = TemporalModule(8, config.unet)
+    bidirectional.load_state_dict(module.state_dict())
+    assert (bidirectional(window, 6) - whole)[:4].abs().amax((1, 2, 3)).min() > 1e-4
 
 
 def test_equal_frames_are_told_apart_by_their_age_alone(config):

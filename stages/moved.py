@@ -1,0 +1,84 @@
+"""The portrait as its keypoints move it: a picture that is nearly the answer, so that a small model has less to draw.
+
+A denoiser of a few million weights cannot learn from attention alone to move a face by pixels. So the small model's
+pose canvas (`stages.canvas`, the caller) shows the portrait on an ellipsoid that turns as the keypoints turn. What is
+hidden, behind the head or inside the mouth, and every expression is left to the denoiser. Keypoints are (K, 3) in the
+picture, [-1, 1] across, z away from the viewer; any values, also of a face off the picture, give finite pictures.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from stages.config import HeadConfig
+
+MAX_PLACE = 100.0
+"""Keypoints farther out, in half picture sides, are taken as this far: their squares stay finite."""
+MIN_SIZE = 1e-3
+"""Keypoints nearer to one another, in half picture sides, have no direction and count as this far apart."""
+SCALES = (0.05, 20.0)
+"""How much smaller or larger than in the portrait a head can be shown."""
+
+
+def moved(portrait: Tensor, start: Tensor, end: Tensor, head: HeadConfig) -> Tensor:
+    """The portrait (3, s, s) as it looks with keypoints `end` (n, K, 3) instead of `start` (K, 3); (n, 3, s, s)."""
+    side = portrait.shape[-1]
+    coarse = shifts(bounded(start), bounded(end), max(side // head.grid_px, 1), head)
+    # Contiguous, as torch takes four times as long for channels that lie together.
+    fine = F.interpolate(rearrange(coarse, "n h w c -> n c h w").contiguous(), size=(side, side), mode="bilinear")
+    grid = cells(side, portrait) + rearrange(fine, "n c h w -> n h w c")
+    pictures = portrait.float()[None].expand(len(end), -1, -1, -1)
+    return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def bounded(keypoints: Tensor) -> Tensor:
+    """Keypoints in fp32 that can be calculated with."""
+    return keypoints.float().nan_to_num().clamp(-MAX_PLACE, MAX_PLACE)
+
+
+def cells(side: int, like: Tensor) -> Tensor:
+    """(side, side, 2): x and y of the middles of a picture's cells, [-1, 1] across, on the device of `like`."""
+    line = (torch.arange(side, dtype=torch.float32, device=like.device) + 0.5) * 2 / side - 1
+    return torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+
+
+def relative_turn(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotations (n, 3, 3) and scales (n,) that lead from keypoints start (K, 3) to end (n, K, 3): p → s · R @ p, about
+    their means, by least squares (Umeyama)."""
+    a, b = start - start.mean(0), end - end.mean(1, keepdim=True)
+    u, size, vh = torch.linalg.svd(torch.einsum("nki,kj->nij", b, a))
+    sign = torch.ones_like(size)
+    sign[:, 2] = torch.linalg.det(u @ vh)
+    turn = u @ (sign[..., None] * vh)
+    return turn, ((size * sign).sum(1) / (a * a).sum().clamp(min=MIN_SIZE**2)).clamp(*SCALES)
+
+
+def shifts(start: Tensor, end: Tensor, side: int, head: HeadConfig) -> Tensor:
+    """(n, side, side, 2): how far from every cell of n pictures lies the place in the portrait that it shows, [-1, 1]
+    across. start (K, 3) are the portrait's keypoints, end (n, K, 3) those of the pictures. Away from the head: 0."""
+    turn, scale = relative_turn(start, end)
+    unit = (start - start.mean(0)).square().sum(1).mean().sqrt().clamp(min=MIN_SIZE)
+    offset, radii = (torch.tensor(part, device=start.device) * unit for part in (head.centre, head.radii))
+    middle = end.mean(1) + scale[:, None] * torch.einsum("nij,j->ni", turn, offset)
+    grid = cells(side, start)
+    ray = (grid - rearrange(middle[:, :2], "n c -> n 1 1 c")) / rearrange(scale, "n -> n 1 1 1")
+    local, reach = _front(ray, turn, radii)
+    shown = (start.mean(0) + offset)[:2] + local
+    near = torch.sigmoid((1 + head.margin - reach) / head.softness)
+    return near[..., None] * (shown - grid)
+
+
+def _front(ray: Tensor, turn: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rays (n, h, w, 2) along z meet the ellipsoid first, x and y in the portrait's axes (n, h, w, 2), and how
+    far from its middle (n, h, w) they pass: 1 on the outline. Rays that miss it stay where they come closest."""
+    into = turn / radii
+    a, b = torch.einsum("nhwi,nij->nhwj", ray, into[:, :2]), into[:, 2]
+    bb = rearrange(b.square().sum(1), "n -> n 1 1")
+    ab = torch.einsum("nhwj,nj->nhw", a, b)
+    closest = a.square().sum(-1) - ab.square() / bb
+    z = -ab / bb - ((1 - closest).clamp(min=0) / bb).sqrt()
+    point = torch.cat([ray, z[..., None]], -1)
+    return torch.einsum("nhwi,nij->nhwj", point, turn[..., :2]), closest.clamp(min=0).sqrt()
