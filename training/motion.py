@@ -74,6 +74,22 @@ def retarget(driving: Motion, first: Motion, portrait: Motion) -> Motion:
     )
 
 
+MAX_PITCH, MAX_YAW, MAX_ROLL = 22.0, 38.0, 22.0
+"""Degrees that training covers: a little more than what is measured (`training.evaluate`)."""
+
+
+def clamped(
+    motion: Motion, max_pitch: float = MAX_PITCH, max_yaw: float = MAX_YAW, max_roll: float = MAX_ROLL
+) -> Motion:
+    """The motion with its angles inside a range."""
+    return dataclasses.replace(
+        motion,
+        pitch=float(np.clip(motion.pitch, -max_pitch, max_pitch)),
+        yaw=float(np.clip(motion.yaw, -max_yaw, max_yaw)),
+        roll=float(np.clip(motion.roll, -max_roll, max_roll)),
+    )
+
+
 def sample_motion(rng: np.random.Generator, spread: float = 1.0) -> Motion:
     """A single independent motion, covering the whole range more evenly than the curves do."""
     u = rng.uniform

@@ -413,14 +413,41 @@ def contact_sheet(seeds: list[int], num_columns: int, size: int, supersample: fl
     return np.concatenate(rows, 0)
 
 
-def write_clip(path: Path, frames: list[Pixels], fps: int = 25, quality: int = 23) -> None:
+def feature_boxes(identity: Identity, motion: Motion, size: int) -> dict[str, NDArray[np.int32]]:
+    """Boxes (4,) int32 x1, y1, x2, y2 of `face`, `left_eye`, `right_eye` and `mouth` in the picture, clamped to it."""
+    points = project(true_pose(identity, motion))[0, :, :2]
+    unit = motion.scale
+    parts: dict[str, tuple[NDArray[np.floating], float]] = {
+        "face": (points, 0.1),
+        "left_eye": (points[[5, 5]] + np.array(((-0.2, -0.12), (0.2, 0.12))) * unit, 0.0),
+        "right_eye": (points[[6, 6]] + np.array(((-0.2, -0.12), (0.2, 0.12))) * unit, 0.0),
+        "mouth": (points[[3, 4, 11, 13]] + np.array((0, 0.15 * motion.jaw)) * unit, 0.06 * unit),
+    }
+    return {name: _box(part, margin, size) for name, (part, margin) in parts.items()}
+
+
+def _box(points: NDArray[np.floating], margin: float, size: int) -> NDArray[np.int32]:
+    corners = np.concatenate([points.min(0) - margin, points.max(0) + margin])
+    return np.asarray(np.clip(np.round((corners + 1) / 2 * size), 0, size), np.int32)
+
+
+def write_clip(
+    path: Path,
+    frames: list[Pixels],
+    fps: int = 25,
+    quality: int = 23,
+    pixel_format: str = "yuv420p",
+    keyframe_every: int = 250,
+    preset: str = "slow",
+) -> None:
     """H.264 video of uint8 (h, w, 3) frames; a lower `quality` number is a better picture."""
     import av
 
+    options = {"crf": str(quality), "preset": preset, "threads": "1"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(quality), "preset": "slow"})
+        stream = container.add_stream("libx264", rate=fps, options=options | {"g": str(keyframe_every)})
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pixel_format
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

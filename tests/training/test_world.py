@@ -12,8 +12,7 @@ from stages.config import KeypointConfig
 from stages.keypoints import boxes, posed_keypoints
 from training.identity import sample_identity
 from training.motion import Motion, sample_motion
-from training.samples import clip_motions, still_motions
-from training.world import backdrop, canonical_keypoints, project, render, true_pose
+from training.world import backdrop, canonical_keypoints, feature_boxes, project, render, true_pose
 
 SIZE = 128
 TURNED = Motion(pitch=8.0, yaw=-18.0, roll=10.0, x=0.1, y=-0.05, scale=0.6)
@@ -77,14 +76,11 @@ def test_canonical_keypoints_are_mirror_symmetric():
         assert np.allclose(points[left] * (-1, 1, 1), points[right])
 
 
-def test_a_clip_starts_at_the_portrait_and_keeps_its_scale():
-    motions = clip_motions(seed=4, num_transition=6, num_driving=10)
-    assert len(motions) == 17
-    assert dataclasses.astuple(motions[0]) == pytest.approx(dataclasses.astuple(motions[1]), abs=1e-5)
-    assert {round(motion.scale, 5) for motion in motions} == {round(motions[0].scale, 5)}
-
-
-def test_still_motions_share_the_portraits_scale_but_not_its_pose():
-    motions = still_motions(seed=4, num_frames=5)
-    assert len({motion.scale for motion in motions}) == 1
-    assert len({motion.yaw for motion in motions}) == 5
+@pytest.mark.parametrize("seed", range(4))
+def test_feature_boxes_hold_their_keypoints_inside_the_picture(seed: int):
+    identity, motion = sample_identity(seed), sample_motion(np.random.default_rng(seed))
+    places = (project(true_pose(identity, motion))[0, :, :2] + 1) / 2 * SIZE
+    for name, index in {"left_eye": 5, "right_eye": 6, "mouth": 11, "face": 12}.items():
+        x1, y1, x2, y2 = feature_boxes(identity, motion, SIZE)[name]
+        assert x1 - 1 <= places[index, 0] <= x2 + 1 and y1 - 1 <= places[index, 1] <= y2 + 1
+        assert 0 <= x1 < x2 <= SIZE and 0 <= y1 < y2 <= SIZE

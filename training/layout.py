@@ -1,0 +1,148 @@
+"""The layout that training data has on disk, whether drawn or filmed: `training.draw` and `training.prepare` write it.
+
+    DATA/manifest.json        {"size_px", "fps", "clips": [{"name", "num_frames", "source"}, ...]}
+    DATA/videos/NAME.mp4      square, of constant frame rate
+    DATA/boxes/NAME.npz       face, left_eye, right_eye, mouth: (num_frames, 4) int32 x1, y1, x2, y2 (exclusive)
+    DATA/truth/NAME.npz       drawn clips only: motions (num_frames, 14), canonical (K, 3)
+
+*Left* and *right* are those of the picture.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.errors import UserError
+from stages.messages import Floats
+
+MANIFEST = "manifest.json"
+
+
+class BadData(UserError):
+    """A data folder or a clip that cannot be used."""
+
+    code = "bad_data"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video of a data folder."""
+
+    name: str
+    num_frames: int
+    source: str = ""
+    """Where it is from: a file, or a person of the world."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data folder."""
+
+    folder: Path
+    size_px: int
+    fps: float
+    clips: tuple[Clip, ...]
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Where the face and its parts are, per frame."""
+
+    face: NDArray[np.int32]
+    left_eye: NDArray[np.int32]
+    right_eye: NDArray[np.int32]
+    mouth: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the world knows of a drawn clip."""
+
+    motions: Floats
+    """(n, 14) in the order of `training.motion.Motion`."""
+    canonical: Floats
+    """(K, 3)."""
+
+
+def video_path(folder: Path, name: str) -> Path:
+    return folder / "videos" / f"{name}.mp4"
+
+
+def boxes_path(folder: Path, name: str) -> Path:
+    return folder / "boxes" / f"{name}.npz"
+
+
+def truth_path(folder: Path, name: str) -> Path:
+    return folder / "truth" / f"{name}.npz"
+
+
+def write_manifest(manifest: Manifest) -> Path:
+    """Writes the folder's manifest in one move; clips in the order of their names, which is the order of training."""
+    clips = [asdict(clip) for clip in sorted(manifest.clips, key=lambda clip: clip.name)]
+    path = manifest.folder / MANIFEST
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps({"size_px": manifest.size_px, "fps": manifest.fps, "clips": clips}, indent=1))
+    partial.replace(path)
+    return path
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads a data folder's manifest. Raises BadData, naming the command that writes one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise BadData(
+            f"{path} is missing: fill the folder by `python -m training.draw` or `python -m training.prepare`"
+        )
+    try:
+        values = json.loads(path.read_text())
+        clips = tuple(Clip(**clip) for clip in values["clips"])
+        manifest = Manifest(folder, int(values["size_px"]), float(values["fps"]), clips)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadData(f"{path} is not a manifest: {error}") from error
+    if not manifest.clips:
+        raise BadData(f"{path} lists no clips")
+    return manifest
+
+
+def write_boxes(folder: Path, name: str, boxes: Boxes) -> None:
+    """Saves the boxes of a clip."""
+    path = boxes_path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **asdict(boxes))
+
+
+def read_boxes(folder: Path, name: str) -> Boxes:
+    """The boxes of a clip. Raises BadData where they are missing or not as the layout says."""
+    path = boxes_path(folder, name)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            parts = [np.asarray(stored[field.name], np.int32) for field in fields(Boxes)]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadData(f"{path} does not hold a clip's boxes: {error}") from error
+    if {part.shape for part in parts} != {(len(parts[0]), 4)}:
+        raise BadData(f"{path}: boxes must be (frames, 4) and as many of each kind")
+    return Boxes(*parts)
+
+
+def write_truth(folder: Path, name: str, truth: Truth) -> None:
+    """Saves what is true of a drawn clip."""
+    path = truth_path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, motions=truth.motions, canonical=truth.canonical)
+
+
+def read_truth(folder: Path, name: str) -> Truth | None:
+    """What is true of a drawn clip; None of a filmed one."""
+    path = truth_path(folder, name)
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Truth(np.asarray(stored["motions"], np.float32), np.asarray(stored["canonical"], np.float32))
+    except (OSError, ValueError, KeyError) as error:
+        raise BadData(f"{path} does not hold a drawn clip's truth: {error}") from error
