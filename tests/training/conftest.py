@@ -1,74 +1,52 @@
-"""A model of unequal, very small sizes, and two people drawn for it."""
+"""The smoke recipe's very small model, and a batch of two drawn people for it."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from stages.config import (
-    ImageEncoderConfig,
-    KeypointConfig,
-    ModelConfig,
-    MotionEncoderConfig,
-    PoseGuiderConfig,
-    UNetConfig,
-    VaeConfig,
-    WindowConfig,
-)
-from training.samples import People, draw_people
+from stages.config import ModelConfig
+from training.clips import Batch
+from training.draw import pose_motions, talk_motions
+from training.identity import sample_identity
+from training.motion import Motion, to_array
+from training.recipes import smoke_model
+from training.world import canonical_keypoints, feature_boxes, render
 
 SIZE = 64
 
 
 @pytest.fixture(scope="session")
 def config() -> ModelConfig:
-    """Two frames a chunk, three levels; 64x64 pictures and 4x4 latents of 6 channels."""
-    return ModelConfig(
-        name="smallest",
-        size_px=SIZE,
-        unet=UNetConfig(
-            in_channels=6,
-            block_channels=(8, 16),
-            attention_levels=(True, False),
-            layers_per_block=1,
-            num_heads=2,
-            cross_attention_dim=12,
-            num_norm_groups=4,
-            num_motion_heads=1,
-            num_temporal_heads=4,
-            max_positions=6,
-        ),
-        motion_encoder=MotionEncoderConfig(
-            crop_px=32,
-            stem_channels=8,
-            mid_channels=12,
-            trunk_channels=16,
-            num_landmarks=10,
-            attention_dim=16,
-            num_attention_heads=2,
-            num_norm_groups=4,
-            hourglass_depth=2,
-            num_tokens=5,
-            token_dim=12,
-        ),
-        keypoints=KeypointConfig(image_px=64, depths=(1, 1, 2, 1), dims=(8, 12, 16, 24), radius_px=2),
-        pose_guider=PoseGuiderConfig(channels=(4, 6, 8, 10, 12)),
-        vae=VaeConfig(
-            block_channels=(8, 16),
-            layers_per_block=1,
-            latent_channels=6,
-            num_norm_groups=4,
-            mid_attention=False,
-            scaling_factor=0.8,
-            pixel_patch=8,
-        ),
-        image_encoder=ImageEncoderConfig(
-            image_px=32, patch_px=16, hidden_dim=16, intermediate_dim=24, num_layers=1, num_heads=2, projection_dim=12
-        ),
-        window=WindowConfig(chunk_frames=2, timesteps=(0, 500, 999), prediction="sample"),
-    )
+    """Two frames a chunk, three levels; 64x64 pictures and 8x8 latents of 24 channels."""
+    return smoke_model()
 
 
 @pytest.fixture(scope="session")
-def people() -> People:
-    """Three people, a portrait and ten frames each."""
-    return draw_people([21, 22, 23], "still", 11, SIZE)
+def batch() -> Batch:
+    """Two people, a reference and five independent frames each."""
+    return drawn_batch({41: pose_motions, 42: pose_motions}, 6)
+
+
+@pytest.fixture(scope="session")
+def clip() -> Batch:
+    """One person, a reference and ten frames that follow each other."""
+    return drawn_batch({43: talk_motions}, 11)
+
+
+def drawn_batch(people: dict, num_pictures: int) -> Batch:
+    samples = [drawn_sample(seed, plan(np.random.default_rng(seed), num_pictures)) for seed, plan in people.items()]
+    parts = (np.stack(part) for part in zip(*samples, strict=True))
+    return Batch(*parts, clips=np.arange(len(samples)))
+
+
+def drawn_sample(seed: int, motions: list[Motion]) -> tuple[np.ndarray, ...]:
+    person = sample_identity(seed)
+    boxes = [feature_boxes(person, motion, SIZE) for motion in motions]
+    names = ("face", "left_eye", "right_eye", "mouth")
+    return (
+        np.stack([render(person, motion, SIZE) for motion in motions]),
+        np.stack([np.stack([box[name] for name in names]) for box in boxes]),
+        np.stack([to_array(motion) for motion in motions]),
+        canonical_keypoints(person),
+    )

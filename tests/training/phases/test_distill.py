@@ -1,0 +1,52 @@
+"""Few-step distillation: the last of a random number of own steps is learned from, by what its picture looks like."""
+
+from __future__ import annotations
+
+import torch
+
+from training.clips import Batch
+from training.phases.phase import draws
+
+
+def test_a_few_steps_reduce_the_loss(build, learn, batch: Batch):
+    losses = learn(build("distill", adversarial_weight=0.0, drop_reference=0.0), batch, 12)
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_every_level_is_learned_from_and_only_the_last_call_has_gradients(build, batch: Batch):
+    phase = build("distill")
+    calls: list[tuple[int, bool]] = []
+    forward = phase.denoiser.forward
+
+    def noted(latents, timesteps, *rest):
+        calls.append((int(timesteps[0]), torch.is_grad_enabled()))
+        return forward(latents, timesteps, *rest)
+
+    phase.denoiser.forward = noted
+    lasts = set()
+    for step in range(12):
+        calls.clear()
+        phase(batch, draws(0, 0, step, 0), step, 0, None)
+        assert [level for level, _ in calls] == [999, 500, 0][: len(calls)]
+        assert [gradient for _, gradient in calls] == [False] * (len(calls) - 1) + [True]
+        lasts.add(calls[-1][0])
+    assert lasts == {0, 500, 999}
+
+
+def test_pictures_for_the_discriminator_are_detached_and_know_their_level(build, batch: Batch):
+    update = build("distill")(batch, draws(0, 0, 1, 0), 1, 0, None)
+    assert update.fake.shape == update.real.shape == (10, 3, 64, 64)
+    assert not update.fake.requires_grad and len(update.timesteps) == 10
+    assert len(update.timesteps.unique()) == 1
+
+
+def test_the_discriminator_is_heard_from_its_step_on(build, batch: Batch):
+    phase = build("distill", adversarial_from_step=4)
+    before, after = (phase(batch, draws(0, 0, 0, 0), step, 0, None).metrics for step in (3, 4))
+    assert "adversarial" not in before and "adversarial" in after
+
+
+def test_without_a_say_there_is_no_discriminator(build, batch: Batch):
+    phase = build("distill", adversarial_weight=0.0)
+    assert phase.critic is None
+    assert phase(batch, draws(0, 0, 0, 0), 9, 0, None).fake is None

@@ -1,0 +1,64 @@
+"""The two networks that look at a driving frame learn poses, expressions, and when nobody is there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from stages.config import ModelConfig
+from stages.keypoints import box_is_usable, boxes, posed_keypoints
+from stages.messages import Pose
+from stages.networks.keypoint_extractor import RawPose
+from stages.networks.motion_encoder import MotionEncoder
+from training.clips import Batch
+from training.known import read_expression
+from training.phases.keypoints import NOWHERE, disturbed, keypoint_loss, prime_bottleneck
+
+
+def test_a_few_steps_reduce_the_loss(build, learn, batch: Batch):
+    losses = learn(build("keypoints"), batch, 25)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_primed_encoder_reads_its_single_channel_stretch_by_stretch(config: ModelConfig):
+    encoder = MotionEncoder(config.motion_encoder)
+    prime_bottleneck(encoder, config.motion_encoder)
+    cells = torch.full((1, 16), 1.5)
+    cells[0, 2:4] += 0.4
+    with torch.no_grad():
+        tokens = encoder.final_proj(encoder.model.fc(cells)).unflatten(-1, (5, 12)) + encoder.pe
+        read = read_expression(tokens, encoder, config.motion_encoder)[0]
+    assert read.argmax() == 1
+
+
+def test_the_taught_absence_of_a_person_is_an_unusable_box(config: ModelConfig):
+    pose = Pose(
+        canonical=np.random.default_rng(0).normal(size=(1, 21, 3)).astype(np.float32),
+        degrees=np.zeros((1, 3), np.float32),
+        translation=np.array([NOWHERE], np.float32),
+        scale=np.full((1, 1), 0.05, np.float32),
+    )
+    assert not box_is_usable(boxes(posed_keypoints(pose), config.size_px, config.keypoints)[0])
+
+
+def test_pictures_without_a_person_are_among_the_disturbed_ones(batch: Batch):
+    present = np.array([True, False, True])
+    images, poses = disturbed(batch.pixels[0, :3], batch.motions[0, :3, :6], present, 32, np.random.default_rng(0))
+    assert images.shape == (3, 3, 32, 32) and 0 <= images.min() <= images.max() <= 1
+    assert np.array_equal(poses[1], batch.motions[0, 1, :6]) and not np.array_equal(poses[0], batch.motions[0, 0, :6])
+
+
+def raw_pose(canonical: torch.Tensor, pose: torch.Tensor) -> RawPose:
+    """What a perfect extractor answers: sharp peaks on whole bins."""
+    bins = torch.arange(66.0)
+    logits = [-10 * (bins - ((pose[:, index, None] + 97.5) / 3)).square() for index in range(3)]
+    return RawPose(canonical.flatten(1), *logits, torch.nn.functional.pad(pose[:, 3:5], (0, 1)), pose[:, 5:])
+
+
+def test_a_perfect_answer_costs_nothing_and_absence_is_judged_apart():
+    canonical = torch.randn(2, 21, 3, generator=torch.Generator().manual_seed(0))
+    pose = torch.tensor([[4.5, -10.5, 1.5, 0.1, 0.0, 0.6], [0.0, 1.5, 4.5, *NOWHERE[:2], 0.0]])
+    loss, errors = keypoint_loss(raw_pose(canonical, pose), canonical, pose, torch.tensor([True, False]))
+    assert float(loss) < 1e-3 and float(errors["error_yaw"]) < 1e-3
+    worse, _ = keypoint_loss(raw_pose(canonical, pose), canonical, pose + 0.1, torch.tensor([True, False]))
+    assert worse > loss + 0.01

@@ -1,0 +1,156 @@
+"""Phase `keypoints`: the two networks that look at a driving frame, supervised by the world's exact answers.
+
+The pose extractor learns head pose and keypoints from whole pictures, with pictures without a person among them; the
+motion encoder learns to read expressions off face crops into the tokens that `training.known` gives. The small image
+encoder is not trained: the single token it yields is a fixed random projection of the portrait, and the denoiser learns
+to use it as that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.config import ModelConfig, MotionEncoderConfig
+from stages.images import signed
+from stages.keypoints import boxes, degrees_from_logits, transform
+from stages.messages import Floats
+from stages.networks.keypoint_extractor import KeypointExtractor, RawPose
+from stages.networks.motion_encoder import MotionEncoder
+from training.clips import Batch
+from training.disturb import degrade, displaced_face, empty_picture, reframe
+from training.known import FIRST_EXPRESSION, posed, read_expression, token_map
+from training.motion import EXPRESSION
+from training.phases.phase import Draws, Phase, Update
+from training.recipes import KeypointsConfig
+
+NETWORKS = ("keypoint_extractor", "motion_encoder")
+NOWHERE = (0.0, -3.0, 0.0)
+"""Translation taught for pictures without a person: all keypoints far above the picture, so that the box is empty even
+where the scale, taught to be 0, is a little off."""
+EXPRESSION_WEIGHTS = (1.2, 1.5, 1.3, 1.3, 1.0, 2.0, 1.0, 1.0)
+
+
+class KeypointsPhase(Phase):
+    """Trains `keypoint_extractor` and `motion_encoder` on all frames of a batch of drawn clips."""
+
+    def __init__(self, model: ModelConfig, config: KeypointsConfig, networks: dict[str, nn.Module]):
+        super().__init__(model, networks)
+        self.config = config
+        self.helpers = nn.ModuleList(
+            [nn.Linear(16 * model.motion_encoder.trunk_channels, len(EXPRESSION)) for _ in range(2)]
+        )
+
+    def forward(self, batch: Batch, draw: Draws, step: int, index: int, carry: Any) -> Update:
+        pixels = rearrange(batch.pixels, "b f h w c -> (b f) h w c")
+        motions = rearrange(batch.motions, "b f c -> (b f) c")
+        canonical = repeat(batch.canonical, "b k c -> (b f) k c", f=batch.pixels.shape[1])
+        pose_loss, pose_metrics = self._pose_loss(pixels, motions, canonical, draw.numpy)
+        motion_loss, motion_metrics = self._motion_loss(pixels, motions, canonical, draw.numpy)
+        return Update(pose_loss + self.config.motion_weight * motion_loss, pose_metrics | motion_metrics)
+
+    def _pose_loss(
+        self, pixels: NDArray[np.uint8], motions: Floats, canonical: Floats, rng: np.random.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        extractor = self.networks["keypoint_extractor"]
+        assert isinstance(extractor, KeypointExtractor)
+        present = rng.random(len(pixels)) >= self.config.negative_share
+        images, poses = disturbed(pixels, motions[:, :6], present, self.model.keypoints.image_px, rng)
+        device = next(extractor.parameters()).device
+        raw = extractor(images.to(device))
+        parts = (torch.from_numpy(part).to(device) for part in (canonical, poses, present))
+        return keypoint_loss(raw, *parts)
+
+    def _motion_loss(
+        self, pixels: NDArray[np.uint8], motions: Floats, canonical: Floats, rng: np.random.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        encoder, shape = self.networks["motion_encoder"], self.model.motion_encoder
+        assert isinstance(encoder, MotionEncoder)
+        face_boxes = boxes(
+            posed(torch.from_numpy(canonical), torch.from_numpy(motions)), pixels.shape[1], self.model.keypoints
+        )
+        faces = zip(pixels, face_boxes.numpy(), strict=True)
+        crops = np.stack([degrade(displaced_face(face, box, shape.crop_px, rng), rng) for face, box in faces])
+        device = next(encoder.parameters()).device
+        target = torch.from_numpy(motions[:, FIRST_EXPRESSION:]).to(device)
+        read, helped = self._readings(encoder, shape, signed(crops).to(device))
+        weight = torch.tensor(EXPRESSION_WEIGHTS, device=device)
+        losses = [((guess - target).square() * weight).mean() for guess in (read, *helped)]
+        errors = (read.detach() - target).abs().mean(0)
+        metrics = {f"error_{name}": error for name, error in zip(EXPRESSION, errors, strict=True)}
+        return torch.stack(losses).sum(), metrics
+
+    def _readings(
+        self, encoder: MotionEncoder, shape: MotionEncoderConfig, crops: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Expressions read from the tokens, and by helper heads from two inner maps: they teach the trunk early."""
+        watched: list[Tensor] = []
+        hooks = [
+            encoder.model.get_submodule(name).register_forward_hook(lambda _m, _i, output: watched.append(output))
+            for name in ("att_2", "att_3")
+        ]
+        read = read_expression(encoder(crops).float(), encoder, shape)
+        for hook in hooks:
+            hook.remove()
+        pooled = [F.adaptive_avg_pool2d(feature, 4).flatten(1) for feature in watched]
+        return read, [head(feature).float() for head, feature in zip(self.helpers, pooled, strict=True)]
+
+
+def disturbed(
+    pixels: NDArray[np.uint8], poses: Floats, present: NDArray[np.bool_], image_px: int, rng: np.random.Generator
+) -> tuple[Tensor, Floats]:
+    """Pictures (n, 3, image_px, image_px) in [0, 1] as cameras see them, and their poses (n, 6); where nobody is
+    `present`, pictures without a person."""
+    pictures, changed = [], []
+    for frame, pose, is_person in zip(pixels, poses, present, strict=True):
+        moved_pose = pose.copy()
+        if is_person:
+            picture, moved_pose = reframe(frame, moved_pose, image_px, rng)
+        else:
+            picture = empty_picture(image_px, rng)
+        pictures.append(degrade(picture, rng) if is_person or rng.random() < 0.5 else picture)
+        changed.append(moved_pose)
+    return signed(np.stack(pictures)) / 2 + 0.5, np.stack(changed).astype(np.float32)
+
+
+def keypoint_loss(raw: RawPose, canonical: Tensor, pose: Tensor, present: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """canonical (n, K, 3), pose (n, 6) pitch, yaw, roll, x, y, scale; present (n,): is somebody there?"""
+    found = raw.keypoints.float().unflatten(-1, (-1, 3))
+    degrees = torch.stack([degrees_from_logits(part.float()) for part in (raw.pitch, raw.yaw, raw.roll)], -1)
+    translation, scale = raw.translation.float(), raw.scale.float()
+    placed = transform(found, degrees, translation, scale)
+    target = transform(canonical, pose[:, :3], F.pad(pose[:, 3:5], (0, 1)), pose[:, 5:])
+    turned = (degrees - pose[:, :3]).abs()
+    error = (placed - target)[..., :2].abs().mean((1, 2)) * 8 + (found - canonical).abs().mean((1, 2))
+    error = error + turned.mean(1) / 6 + (translation[:, :2] - pose[:, 3:5]).abs().mean(1) * 3
+    collapsed = (translation - torch.tensor(NOWHERE, device=pose.device)).abs().mean(1) + 6 * scale[:, 0].abs()
+    person = error + 6 * (scale[:, 0] - pose[:, 5]).abs()
+    seen = turned[present].detach().mean(0) if present.any() else turned.new_zeros(3)
+    metrics = dict(zip(("error_pitch", "error_yaw", "error_roll"), seen, strict=True))
+    return torch.where(present, person, collapsed).mean(), metrics
+
+
+@torch.no_grad()
+def prime_bottleneck(encoder: MotionEncoder, config: MotionEncoderConfig) -> None:
+    """Starts the layers behind the trunk's single channel as a plain read-out: equal stretches of its cells hold one
+    expression each.
+
+    From a random start they stay at the mean for a long time, since everything must pass one channel and a ReLU.
+    """
+    num_expressions, side, offset = len(EXPRESSION), config.crop_px // 8, 1.5
+    written = token_map(config.num_tokens, config.token_dim)
+    nn.init.constant_(encoder.model.conv6.get_parameter("bias"), offset)
+    for layer in (encoder.model.fc, encoder.final_proj):
+        layer.weight.mul_(0.05)
+        layer.bias.zero_()
+    stretch = torch.arange(side**2) * num_expressions // side**2
+    for index in range(num_expressions):
+        encoder.model.fc.weight[index] += (stretch == index).float() / (stretch == index).sum()
+        encoder.model.fc.bias[index] = -offset
+        encoder.final_proj.weight[:, index] += written[index]

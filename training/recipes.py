@@ -1,0 +1,410 @@
+"""What a training run is: recipes are functions that return a whole config. Read by `training.run` and the phases.
+
+`official`: the paper's settings at full size, from given weights. `tiny`: the bundled model, from nothing. `smoke`:
+every phase of a very small model in about a minute. Where paper and released code differ, the comment at the field says
+which is taken (P paper, T released training code) and every alternative is a field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.config import (
+    ImageEncoderConfig,
+    KeypointConfig,
+    ModelConfig,
+    MotionEncoderConfig,
+    PoseGuiderConfig,
+    UNetConfig,
+    VaeConfig,
+    WindowConfig,
+    from_dict,
+)
+from stages.errors import BadConfig
+from training.clips import Sampling
+
+PHASES = ("autoencoder", "keypoints", "motion", "distill", "stream")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW for the phase's networks, and another one for the discriminator where there is one."""
+
+    learning_rate: float = 1e-5
+    critic_learning_rate: float = 2e-5
+    """T: twice the generator's; the paper gives one rate for all."""
+    betas: tuple[float, ...] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    num_warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine falls to a fiftieth at the last step."""
+    max_gradient_norm: float = 1.0
+    ema_decay: float = 0.0
+    """Of the averaged weights that the phase hands on; 0: none, the last weights are handed on."""
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """What every phase has."""
+
+    num_steps: int = 30_000
+    batch_size: int = 4
+    """Samples per worker and step."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(num_frames=1, kind="spread"))
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    bfloat16: bool = True
+    """Autocast of the forward pass; weights and optimiser stay fp32."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    log_every: int = 20
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(PhaseConfig):
+    """Pictures to latents and back (tiny only: the official model brings its own)."""
+
+    latent_noise: float = 0.1
+    """Deviation of the noise that the decoder learns to withstand, latents having deviation 1."""
+    gradient_weight: float = 1.0
+    parts_weight: float = 3.0
+    """How much more eyes and mouth weigh than the rest."""
+
+
+@dataclass(frozen=True)
+class KeypointsConfig(PhaseConfig):
+    """Pose extractor and motion encoder, supervised by the world's exact pose and expression (tiny only)."""
+
+    negative_share: float = 0.1
+    """Share of pictures without a person, for which the keypoints must collapse."""
+    motion_weight: float = 1.0
+    """Of the motion encoder's loss beside the extractor's."""
+
+
+@dataclass(frozen=True)
+class AnimationConfig(PhaseConfig):
+    """What phases `motion`, `distill` and `stream` share."""
+
+    trained: tuple[str, ...] = ("reference_unet", "denoising_unet", "pose_guider", "motion_encoder")
+    frozen_parts: tuple[str, ...] = ("reference_unet.up_blocks.3", "temporal_modules", "pose_guider.base.")
+    """Name parts of what stays as it is inside trained networks. T; the paper updates everything. The last is the
+    small model's: its first answer would fade, since halving what is uncertain is a quick way to a smaller error."""
+    trained_parts: tuple[str, ...] = ()
+    """Name parts of which everything that is trained has one; empty: no such condition."""
+    drop_reference: float = 0.1
+    """Share of samples that see no portrait at all. T, as the next three; the paper is silent."""
+    drop_pose: float = 0.1
+    drop_motion: float = 0.1
+    drop_reference_tokens: float = 0.3
+    """Share of the portrait's tokens that is hidden in each layer."""
+    face_weight: float = 1.0
+    """Added weight inside the face box, and once more inside eyes and mouth. T; the paper weighs evenly."""
+    augment: float = 1.0
+    """Strength of the driving crop's augmentation, 1 as in T."""
+    pose_noise: float = 0.0
+    """Deviation in degrees (and, times 0.006, in half picture widths) by which drawn poses are off, so that a model
+    trained on exact poses meets what the extractor will say."""
+    poses: Literal["extractor", "truth"] = "extractor"
+    """Where head poses come from; truth only exists for drawn clips."""
+    expressions: Literal["encoder", "truth"] = "encoder"
+    """Where motion tokens come from; truth only exists for drawn clips."""
+
+
+@dataclass(frozen=True)
+class MotionConfig(AnimationConfig):
+    """Image level: one frame at a time from a portrait (paper, section 3.1)."""
+
+    target: Literal["sample", "epsilon"] = "sample"
+    """sample: squared error of the clean latent (T); epsilon: of the noise (P, eq. 10)."""
+    absolute_weight: float = 0.0
+    """Of the absolute error beside the squared one."""
+    noise_offset: float = 0.05
+    timesteps: Literal["all", "levels"] = "all"
+    """all: 0 to 999 (P, T); levels: only those the window uses, for a model that will never see others."""
+    level_shares: tuple[float, ...] = ()
+    """How often each level is drawn, cleanest first; empty: evenly."""
+
+
+@dataclass(frozen=True)
+class DistillConfig(AnimationConfig):
+    """Few-step appearance distillation (paper, section 3.2, algorithm 1)."""
+
+    perceptual_weight: float = 2.0
+    adversarial_weight: float = 0.05
+    adversarial_from_step: int = 3000
+    critic_from_step: int = 5000
+    """T, as the previous one; the paper starts both at once."""
+    critic_channels: int = 512
+    """Most channels of the discriminator."""
+    lpips_vgg: Path | None = None
+    """torchvision's VGG16 weights and, next, lpips' linear layers; without both, `training.perceptual.substitute`."""
+    lpips_linear: Path | None = None
+    portrait_start: bool = False
+    """True: new frames enter as the noised portrait, as in inference (T's inference code); False: as noise (P, T)."""
+
+
+@dataclass(frozen=True)
+class StreamConfig(DistillConfig):
+    """Sliding training of the temporal modules (paper, section 3.3, algorithm 2)."""
+
+    gradient_every: int = 3
+    """Windows per update: 3 of the 7 windows of a 40-frame clip are learned from."""
+    sliding: bool = True
+    """False: only the first window, from true noised latents (the paper's `w/o ST`)."""
+    renoise: bool = True
+    """True: fresh noise between levels (P, T); False: the deterministic step of inference."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training: a model and what each phase does to it."""
+
+    name: str
+    model: ModelConfig
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    keypoints: KeypointsConfig = field(default_factory=KeypointsConfig)
+    motion: MotionConfig = field(default_factory=MotionConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    seed: int = 0
+
+    def phase(self, name: str) -> PhaseConfig:
+        """The config of a phase. Raises BadConfig for an unknown one."""
+        if name not in PHASES:
+            raise BadConfig(f"phase {name!r} is unknown: give one of {', '.join(PHASES)}")
+        config: PhaseConfig = getattr(self, name)
+        return config
+
+
+def official() -> Recipe:
+    """Full size, 512x512: from the weights given (the released ones, or their ancestors'), on 8 GPUs (P: batch 32)."""
+    # T trains 50 000 steps; the paper's tables come from the paper's 30 000, so those are the default.
+    still = Sampling(num_frames=1, kind="spread", margin=30)
+    clip = Sampling(num_frames=40, kind="run", stride=4)
+    temporal: dict[str, Any] = {
+        "trained": ("denoising_unet",), "trained_parts": ("temporal_modules",), "frozen_parts": ()
+    }  # fmt: skip
+    return Recipe(
+        name="official",
+        model=ModelConfig(),
+        motion=MotionConfig(num_steps=30_000, batch_size=4, sampling=still),
+        distill=DistillConfig(num_steps=30_000, batch_size=4, sampling=still),
+        stream=StreamConfig(num_steps=10_000, batch_size=1, sampling=clip, **temporal),
+    )
+
+
+def tiny_model() -> ModelConfig:
+    """The bundled model: live at 256x256 on two CPU cores."""
+    return ModelConfig(
+        name="tiny",
+        licence="Apache-2.0",
+        size_px=256,
+        unet=UNetConfig(
+            in_channels=80,
+            block_channels=(96, 112),
+            attention_levels=(False, True),
+            layers_per_block=1,
+            num_heads=2,
+            cross_attention_dim=32,
+            num_norm_groups=8,
+            num_motion_heads=2,
+            num_temporal_heads=2,
+            max_positions=16,
+            motion_in_time=True,
+            num_bases=2,
+        ),
+        motion_encoder=MotionEncoderConfig(
+            crop_px=64,
+            stem_channels=16,
+            mid_channels=24,
+            trunk_channels=32,
+            num_landmarks=24,
+            attention_dim=64,
+            num_attention_heads=4,
+            num_norm_groups=8,
+            hourglass_depth=2,
+            num_tokens=16,
+            token_dim=16,
+        ),
+        keypoints=KeypointConfig(image_px=128, depths=(1, 1, 3, 1), dims=(24, 48, 96, 192), radius_px=6),
+        # The canvas shows the moved portrait: what is left to draw is what a small model can learn in an hour.
+        pose_guider=PoseGuiderConfig(channels=(64, 96, 128), pixel_patch=4, shows_portrait=True),
+        # One resolution of 8x8 squares, so that it can start as their principal components.
+        vae=VaeConfig(
+            block_channels=(96,),
+            layers_per_block=1,
+            latent_channels=20,
+            num_norm_groups=16,
+            mid_attention=False,
+            scaling_factor=1.0,
+            pixel_patch=8,
+            latent_patch=2,
+            plain_output=True,
+        ),
+        image_encoder=ImageEncoderConfig(
+            image_px=64, patch_px=16, hidden_dim=48, intermediate_dim=96, num_layers=2, num_heads=4, projection_dim=32
+        ),
+        window=WindowConfig(prediction="sample", keyframe_threshold=TINY_KEYFRAME_THRESHOLD),
+        cpu_bfloat16=True,
+    )
+
+
+TINY_KEYFRAME_THRESHOLD = 6.5
+"""In the scale of `training.known.token_map`: about two frames in a minute of talking lie further than this from the
+portrait's motion and from each other."""
+
+
+def _quick(learning_rate: float, ema_decay: float = 0.0) -> OptimiserConfig:
+    """For networks that start from nothing and have hours, not days."""
+    return OptimiserConfig(
+        learning_rate=learning_rate,
+        critic_learning_rate=learning_rate,
+        betas=(0.9, 0.99),
+        num_warmup_steps=100,
+        schedule="cosine",
+        ema_decay=ema_decay,
+    )
+
+
+def tiny() -> Recipe:
+    """The bundled model, from nothing, on drawn people: two to three hours of one core without matrix units."""
+    poses, run = Sampling(num_frames=7, kind="spread"), Sampling(num_frames=28, kind="run")
+    # No guidance at inference, so nothing is dropped; true poses and expressions stand in for extractors that are
+    # trained beside this, disturbed by as much as those are wrong.
+    given: dict[str, Any] = {
+        "drop_reference": 0.0, "drop_pose": 0.0, "drop_motion": 0.0, "drop_reference_tokens": 0.1, "poses": "truth",
+        "expressions": "truth", "pose_noise": 0.3, "augment": 0.0, "face_weight": 3.0,
+        "frozen_parts": ("temporal_modules", "pose_guider.base."), "checkpoint_every": 200,
+        "trained": ("reference_unet", "denoising_unet", "pose_guider"),
+    }  # fmt: skip
+    appearance: dict[str, Any] = {
+        "adversarial_from_step": 200, "critic_from_step": 100, "critic_channels": 32, "portrait_start": True
+    }  # fmt: skip
+    return Recipe(
+        name="tiny",
+        model=tiny_model(),
+        autoencoder=AutoencoderConfig(
+            num_steps=300, batch_size=2, sampling=poses, optimiser=_quick(3e-4), latent_noise=0.02,
+            gradient_weight=0.5, checkpoint_every=200,
+        ),
+        keypoints=KeypointsConfig(
+            num_steps=6000, batch_size=4, sampling=poses, optimiser=_quick(1.5e-3), checkpoint_every=200
+        ),
+        motion=MotionConfig(
+            num_steps=2000, batch_size=2, sampling=poses, optimiser=_quick(8e-4, 0.999), timesteps="levels",
+            level_shares=(0.05, 0.15, 0.2, 0.6), noise_offset=0.0, absolute_weight=0.3, **given,
+        ),
+        distill=DistillConfig(
+            num_steps=1000, batch_size=1, sampling=poses, optimiser=_quick(4e-4, 0.998), perceptual_weight=0.5,
+            adversarial_weight=0.01, **appearance, **given,
+        ),
+        stream=StreamConfig(
+            num_steps=300, batch_size=1, sampling=run, optimiser=_quick(4e-4, 0.99), perceptual_weight=0.5,
+            adversarial_weight=0.0, **appearance, **given | {"trained": ("denoising_unet",), "frozen_parts": ()},
+        ),
+    )  # fmt: skip
+
+
+def smoke_model() -> ModelConfig:
+    """A very small model of the same parts, 64x64, two frames a chunk and three levels."""
+    return ModelConfig(
+        name="smoke",
+        licence="Apache-2.0",
+        size_px=64,
+        unet=UNetConfig(
+            in_channels=24,
+            block_channels=(16, 24),
+            attention_levels=(False, True),
+            layers_per_block=1,
+            num_heads=2,
+            cross_attention_dim=12,
+            num_norm_groups=4,
+            num_motion_heads=1,
+            num_temporal_heads=2,
+            max_positions=6,
+            motion_in_time=True,
+            num_bases=2,
+        ),
+        motion_encoder=MotionEncoderConfig(
+            crop_px=32,
+            stem_channels=8,
+            mid_channels=12,
+            trunk_channels=16,
+            num_landmarks=10,
+            attention_dim=16,
+            num_attention_heads=2,
+            num_norm_groups=4,
+            hourglass_depth=2,
+            num_tokens=5,
+            token_dim=12,
+        ),
+        keypoints=KeypointConfig(image_px=64, depths=(1, 1, 2, 1), dims=(8, 12, 16, 24), radius_px=2),
+        pose_guider=PoseGuiderConfig(channels=(12, 16), pixel_patch=4, shows_portrait=True),
+        vae=VaeConfig(
+            block_channels=(24,),
+            layers_per_block=1,
+            latent_channels=6,
+            num_norm_groups=4,
+            mid_attention=False,
+            scaling_factor=1.0,
+            pixel_patch=4,
+            latent_patch=2,
+            plain_output=True,
+        ),
+        image_encoder=ImageEncoderConfig(
+            image_px=32, patch_px=16, hidden_dim=16, intermediate_dim=24, num_layers=1, num_heads=2, projection_dim=12
+        ),
+        window=WindowConfig(chunk_frames=2, timesteps=(0, 500, 999), prediction="sample"),
+    )
+
+
+def smoke() -> Recipe:
+    """Every phase of a very small model, discriminator and extractors among what is trained: a minute in all."""
+    tiny_recipe = tiny()
+    often: dict[str, Any] = {"checkpoint_every": 5, "log_every": 5}
+    learned: dict[str, Any] = often | {
+        "poses": "extractor", "expressions": "encoder", "augment": 1.0, "drop_reference": 0.1, "drop_pose": 0.1,
+        "drop_motion": 0.1, "drop_reference_tokens": 0.3,
+    }  # fmt: skip
+    critic = {"adversarial_weight": 0.05, "adversarial_from_step": 3, "critic_from_step": 2, "critic_channels": 8}
+    appearance: dict[str, Any] = learned | critic
+    run = Sampling(num_frames=12, kind="run")
+    moved = ("reference_unet", "denoising_unet", "pose_guider", "motion_encoder")
+    return Recipe(
+        name="smoke",
+        model=smoke_model(),
+        autoencoder=dataclasses.replace(tiny_recipe.autoencoder, num_steps=20, **often),
+        keypoints=dataclasses.replace(tiny_recipe.keypoints, num_steps=20, **often),
+        motion=dataclasses.replace(tiny_recipe.motion, num_steps=20, level_shares=(), trained=moved, **learned),
+        distill=dataclasses.replace(tiny_recipe.distill, num_steps=10, trained=moved, **appearance),
+        stream=dataclasses.replace(tiny_recipe.stream, num_steps=5, sampling=run, **appearance),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"official": official, "tiny": tiny, "smoke": smoke}
+
+
+def find_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe `name`, changed by overrides such as {"motion.num_steps": 10}. Raises BadConfig, naming what is."""
+    if name not in RECIPES:
+        raise BadConfig(f"recipe {name!r} is unknown: give one of {', '.join(RECIPES)}")
+    return changed(RECIPES[name](), overrides or {})
+
+
+def changed(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """The recipe with fields replaced by dotted name. Raises BadConfig for an unknown field or a wrong type."""
+    values = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    for name, value in overrides.items():
+        place = values
+        *way, last = name.split(".")
+        for part in way:
+            place = place.get(part) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last not in place:
+            raise BadConfig(f"recipe {recipe.name} has no field {name!r}")
+        place[last] = value
+    return from_dict(Recipe, values, "recipe")
