@@ -26,8 +26,8 @@ class DecodeStage:
     @torch.inference_mode()
     def run(self, chunks: Sequence[CleanChunk]) -> list[Pixels]:
         """One chunk of latents of each of several sessions to uint8 (f, size, size, 3)."""
-        device = next(self.vae.parameters()).device
-        return [pixels for part in groups(len(chunks), device) for pixels in self._run_together(chunks[part])]
+        parameter = next(self.vae.parameters())
+        return [pixels for part in groups(len(chunks), parameter) for pixels in self._run_together(chunks[part])]
 
     def _run_together(self, chunks: Sequence[CleanChunk]) -> list[Pixels]:
         frames = self.decode(torch.from_numpy(np.concatenate([chunk.latents for chunk in chunks])))

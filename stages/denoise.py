@@ -86,7 +86,7 @@ class DenoiseStage:
         given = noise or [None] * len(states)
         return [
             step
-            for part in groups(len(states), self._parameter.device)
+            for part in groups(len(states), self._parameter)
             for step in run_windows(self.denoising_unet, self.config.window, states[part], motions[part], given[part])
         ]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stages.config import ModelConfig
 from stages.errors import BadPortrait
+from stages.groups import groups
 from stages.images import detector_frames, detector_portrait, face_crop, portrait_tensor, signed
 from stages.keypoints import (
     box_is_usable,
@@ -62,7 +63,11 @@ class MotionStage:
         pictures = signed(np.concatenate(frames))
         poses = self._poses(detector_frames(pictures, self.config.keypoints.image_px))
         face_boxes = boxes(posed_keypoints(poses), self.config.size_px, self.config.keypoints)
-        tokens = self._face_tokens(pictures, face_boxes)
+        ends = np.cumsum([0, *(len(chunk) for chunk in frames)])
+        tokens: list[Floats | None] = []
+        for part in groups(len(frames), next(self.motion_encoder.parameters())):
+            seen = slice(ends[part.start], ends[part.stop])
+            tokens += self._face_tokens(pictures[seen], face_boxes[seen])
         results, start = [], 0
         for state, chunk in zip(states, frames, strict=True):
             part = range(start, start + len(chunk))

@@ -272,7 +272,7 @@ def _quick(learning_rate: float, ema_decay: float = 0.0) -> OptimiserConfig:
 
 
 def tiny() -> Recipe:
-    """The bundled model, from nothing, on drawn people: two to three hours of one core without matrix units."""
+    """The bundled model, from nothing, on drawn people: some five hours of one processor core in all."""
     poses, run = Sampling(num_frames=7, kind="spread"), Sampling(num_frames=28, kind="run")
     # No guidance at inference, so nothing is dropped; true poses and expressions stand in for extractors that are
     # trained beside this, disturbed by as much as those are wrong.
@@ -296,12 +296,12 @@ def tiny() -> Recipe:
             num_steps=6000, batch_size=4, sampling=poses, optimiser=_quick(1.5e-3), checkpoint_every=200
         ),
         motion=MotionConfig(
-            num_steps=2000, batch_size=2, sampling=poses, optimiser=_quick(8e-4, 0.999), timesteps="levels",
+            num_steps=8000, batch_size=2, sampling=poses, optimiser=_quick(8e-4, 0.999), timesteps="levels",
             level_shares=(0.05, 0.15, 0.2, 0.6), noise_offset=0.0, absolute_weight=0.3, **given,
         ),
         distill=DistillConfig(
-            num_steps=1000, batch_size=1, sampling=poses, optimiser=_quick(4e-4, 0.998), perceptual_weight=0.5,
-            adversarial_weight=0.01, **appearance, **given,
+            num_steps=3000, batch_size=1, sampling=poses, optimiser=_quick(5e-4, 0.997), perceptual_weight=1.0,
+            adversarial_weight=0.0, **appearance, **given,
         ),
         stream=StreamConfig(
             num_steps=300, batch_size=1, sampling=run, optimiser=_quick(4e-4, 0.99), perceptual_weight=0.5,

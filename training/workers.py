@@ -93,8 +93,6 @@ def worker(config: dict[str, Any]) -> None:
     task: Task = config["task"]
     if (task.place / ERROR).exists():
         return
-    # Each report would be printed by each worker.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     device = ray.train.torch.get_device() if config["use_gpus"] else torch.device("cpu")
     try:
         perform(task, ray.train.get_context().get_world_rank(), device, ray_batches, _report)

@@ -32,7 +32,7 @@ def stages(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Sta
         extractor.fc_scale.bias.fill_(0.6)
         for name in ("motion_encoder", "denoising_unet"):  # some of whose layers start at zero
             for parameter in networks[name].parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.add_(0.3 * torch.randn_like(parameter))
     save_folder(folder, config, {name: network.state_dict() for name, network in networks.items()})
     return load_stages(str(folder), device="cpu", num_threads=1)
 

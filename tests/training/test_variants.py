@@ -58,8 +58,9 @@ def test_every_stream_phase_makes_as_many_updates(recipe):
 
 
 def test_what_begins_at_some_step_moves_with_a_shorter_budget():
-    short = changed(tiny(), scheduled(tiny().distill, "distill", 250)).distill
+    whole = changed(tiny(), {"distill.num_steps": 1000})
+    short = changed(whole, scheduled(whole.distill, "distill", 250)).distill
     assert (short.num_steps, short.adversarial_from_step, short.critic_from_step) == (250, 50, 25)
     assert short.optimiser.num_warmup_steps == 25
-    same = changed(tiny(), scheduled(tiny().distill, "distill", tiny().distill.num_steps))
-    assert same == tiny() and replace(same, seed=3) != tiny()
+    same = changed(whole, scheduled(whole.distill, "distill", whole.distill.num_steps))
+    assert same == whole and replace(same, seed=3) != whole
