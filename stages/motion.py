@@ -65,8 +65,8 @@ class MotionStage:
         face_boxes = boxes(posed_keypoints(poses), self.config.size_px, self.config.keypoints)
         ends = np.cumsum([0, *(len(chunk) for chunk in frames)])
         tokens: list[Floats | None] = []
-        for part in groups(len(frames), next(self.motion_encoder.parameters())):
-            seen = slice(ends[part.start], ends[part.stop])
+        for group in groups(len(frames), next(self.motion_encoder.parameters())):
+            seen = slice(ends[group.start], ends[group.stop])
             tokens += self._face_tokens(pictures[seen], face_boxes[seen])
         results, start = [], 0
         for state, chunk in zip(states, frames, strict=True):
