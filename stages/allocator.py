@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Names of glibc's `mallopt`."""
 OWN_MAPPING_BYTES = 32 * 2**20
 """Buffers from this size on get pages of their own, which go back when they are freed; the most that glibc takes."""
-KEPT_BYTES = 512 * 2**20
+KEPT_BYTES = 64 * 2**20
 """So much freed memory stays with the process until somebody trims it, as idle members do (`cluster.memory`)."""
 
 
@@ -23,3 +23,5 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        # Otherwise every thread that runs a network keeps as much again, in a heap of its own.
+        mallopt(M_ARENA_MAX, 1)
