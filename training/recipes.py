@@ -1,8 +1,8 @@
 """What a training run is: recipes are functions that return a whole config. Read by `training.run` and the phases.
 
 `official`: the paper's settings at full size, from given weights. `tiny`: the bundled model, from nothing. `smoke`:
-every phase of a very small model in a minute or two. Where paper and released code differ, the comment at the field says
-which is taken (P paper, T released training code) and every alternative is a field.
+every phase of a very small model in a minute or two. Where paper and released code differ, the comment at the field
+says which is taken (P paper, T released training code) and every alternative is a field.
 """
 
 from __future__ import annotations
