@@ -39,6 +39,12 @@ def add_noise(clean: Tensor, noise: Tensor, fractions: Tensor) -> Tensor:
     return signal.sqrt() * clean + (1 - signal).sqrt() * noise
 
 
+def clean_latents(prediction: Tensor, latents: Tensor, signal: Tensor, kind: str) -> Tensor:
+    """The clean latents that a prediction of `kind` ("epsilon" or "sample") means for latents of a signal fraction, any
+    shapes that broadcast."""
+    return prediction if kind == "sample" else (latents - (1 - signal).sqrt() * prediction) / signal.sqrt()
+
+
 def step(prediction: Tensor, latents: Tensor, now: Tensor, then: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """One deterministic step per frame, from signal fraction `now` (n,) to `then` (n,).
 
@@ -46,8 +52,6 @@ def step(prediction: Tensor, latents: Tensor, now: Tensor, then: Tensor, kind: s
     (the clean latents). Returns (latents one level lower, clean latents). Where `then` is 1 the two are equal.
     """
     now, then = (rearrange(part, "n -> n 1 1 1") for part in (now, then))
-    if kind == "epsilon":
-        noise, clean = prediction, (latents - (1 - now).sqrt() * prediction) / now.sqrt()
-    else:
-        noise, clean = (latents - now.sqrt() * prediction) / (1 - now).sqrt(), prediction
+    clean = clean_latents(prediction, latents, now, kind)
+    noise = prediction if kind == "epsilon" else (latents - now.sqrt() * prediction) / (1 - now).sqrt()
     return then.sqrt() * clean + (1 - then).sqrt() * noise, clean

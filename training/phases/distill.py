@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from stages.config import ModelConfig
 from stages.networks.vae import Vae
-from stages.schedule import signal_fractions
+from stages.schedule import clean_latents, signal_fractions
 from training.clips import Batch
 from training.phases.animation import AnimationPhase, Scene, image_loss, without_temporal
 from training.phases.phase import Draws, Update
@@ -46,9 +46,7 @@ class AppearancePhase(AnimationPhase):
 
     def clean(self, answer: Tensor, noisy: Tensor, signal: Tensor) -> Tensor:
         """The predicted clean latents, whatever the network's answer means."""
-        if self.model.window.prediction == "sample":
-            return answer
-        return (noisy - (1 - signal).sqrt() * answer) / signal.sqrt()
+        return clean_latents(answer, noisy, signal, self.model.window.prediction)
 
     def appearance(self, latents: Tensor, scene: Scene, timesteps: Tensor, step: int, carry: Any = None) -> Update:
         """The loss of predicted latents (b, f, c, h, w), the frames' timesteps being (f,)."""

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stages.config import ModelConfig
-from stages.schedule import signal_fractions
+from stages.schedule import clean_latents, signal_fractions
 from training.clips import Batch
 from training.phases.animation import AnimationPhase, without_temporal
 from training.phases.phase import Draws, Update
@@ -36,7 +36,7 @@ class MotionPhase(AnimationPhase):
         noisy = signal.sqrt() * scene.latents + (1 - signal).sqrt() * noise
         with without_temporal(self.denoiser):
             answer = self.denoiser(noisy, timesteps, scene.motion, scene.pose, scene.memories).float()
-        clean = self._clean(answer, noisy, signal)
+        clean = clean_latents(answer, noisy, signal, self.model.window.prediction)
         if self.config.target == "epsilon":
             error = (noisy - signal.sqrt() * clean) / (1 - signal).sqrt() - noise
         else:
@@ -55,8 +55,3 @@ class MotionPhase(AnimationPhase):
             return torch.from_numpy(draw.numpy.integers(0, 1000, num_frames))
         levels, shares = self.model.window.timesteps, self.config.level_shares or None
         return torch.from_numpy(draw.numpy.choice(levels, num_frames, p=shares))
-
-    def _clean(self, answer: Tensor, noisy: Tensor, signal: Tensor) -> Tensor:
-        if self.model.window.prediction == "sample":
-            return answer
-        return (noisy - (1 - signal).sqrt() * answer) / signal.sqrt()
