@@ -1,9 +1,12 @@
 """Canvases: all that the pose guider sees of a frame. Called by the denoise stage, once per new chunk, and by training.
 
-As in the paper a canvas is the drawn keypoints. A small model's canvas also shows the portrait (`stages.moved`).
+As in the paper a canvas is the drawn keypoints. A small model's canvas also shows the portrait, unmoved and moved: as a
+turning head (`stages.moved`) or, better, as a network moves it (`stages.networks.mover`).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from einops import repeat
@@ -12,19 +15,35 @@ from torch import Tensor
 from stages.config import ModelConfig
 from stages.keypoints import draw
 from stages.moved import moved
+from stages.networks.mover import Mover
+
+
+@dataclass(frozen=True)
+class ShownPortrait:
+    """What canvases show besides keypoints."""
+
+    picture: Tensor
+    """(3, size, size) in [0, 1]."""
+    keypoints: Tensor
+    """(K, 3)."""
+    tokens: Tensor
+    """(T, D) motion tokens."""
 
 
 def canvases(
-    keypoints: Tensor, portrait: Tensor | None, portrait_keypoints: Tensor | None, config: ModelConfig
+    keypoints: Tensor, tokens: Tensor, portrait: ShownPortrait | None, mover: Mover | None, config: ModelConfig
 ) -> Tensor:
-    """(n, 3 or 9, size, size) in [0, 1], on the keypoints' device, of keypoints (n, K, 3).
+    """(n, 3 or 9, size, size) in [0, 1], on the keypoints' device, of keypoints (n, K, 3) and motion tokens (n, T, D).
 
-    Channels: the drawn keypoints; where `config.pose_guider.shows_portrait`, then the portrait (3, size, size) in
-    [0, 1] as it moves from its own keypoints (K, 3) to these, and the portrait itself. Otherwise both may be None.
+    Channels: the drawn keypoints; where `config.pose_guider.shows_portrait`, then the portrait as it moves from its own
+    keypoints to these, and the portrait itself. Otherwise no portrait is needed, and tokens are not looked at.
     """
     drawn = draw(keypoints, config.size_px, config.keypoints)
     if not config.pose_guider.shows_portrait:
         return drawn
-    assert portrait is not None and portrait_keypoints is not None, "this model's canvases show the portrait"
-    turned = moved(portrait, portrait_keypoints, keypoints, config.pose_guider.head)
-    return torch.cat([drawn, turned, repeat(portrait, "c h w -> n c h w", n=len(keypoints))], dim=1)
+    assert portrait is not None, "this model's canvases show the portrait"
+    if mover is None:
+        turned = moved(portrait.picture, portrait.keypoints, keypoints, config.pose_guider.head)
+    else:
+        turned = mover(drawn, portrait.picture, portrait.keypoints, keypoints, portrait.tokens, tokens)
+    return torch.cat([drawn, turned, repeat(portrait.picture, "c h w -> n c h w", n=len(keypoints))], dim=1)

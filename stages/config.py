@@ -28,7 +28,9 @@ MAY_BE_ZERO = {
     "window.keyframe_threshold",
     "window.first_keyframe_call",
     "pose_guider.head.margin",
+    "keypoints.gathered_cells",
 }
+MAY_BE_EMPTY = {"pose_guider.mover_channels"}
 MAY_BE_NEGATIVE = {"pose_guider.head.centre"}
 """Every other number of a config is more than 0."""
 
@@ -84,6 +86,9 @@ class KeypointConfig:
     dims: tuple[int, ...] = (96, 192, 384, 768)
     num_keypoints: int = 21
     num_angle_bins: int = 66
+    gathered_cells: int = 0
+    """0: what the heads read is the mean of the last map; otherwise that map's side: every cell has weights of its own,
+    which tells places more exactly."""
     drawn: tuple[int, ...] = (1, 2, 3, 4, 12, 15, 20)
     colours: tuple[tuple[int, ...], ...] = (
         (255, 0, 0),
@@ -98,6 +103,11 @@ class KeypointConfig:
     radius_px: int = 4
     box_factor: float = 1.7
     translation_scale: float = 0.5
+
+    @property
+    def downscale(self) -> int:
+        """Picture side over the side of the extractor's last map."""
+        return 2 ** (len(self.dims) + 1)
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,9 @@ class PoseGuiderConfig:
     shows_portrait: bool = False
     """Whether the canvas also holds the portrait, unmoved and as the keypoints move it (`stages.moved`)."""
     head: HeadConfig = field(default_factory=HeadConfig)
+    mover_channels: tuple[int, ...] = ()
+    """Widths, at 1/8 and 1/16 of the picture, of the network that moves the portrait (`stages.networks.mover`); empty:
+    there is none, and the head turns as an ellipsoid."""
 
     @property
     def canvas_channels(self) -> int:
@@ -254,6 +267,19 @@ def check_config(config: ModelConfig) -> None:
             "pose_guider.head.centre and radii are three numbers each",
         ),
         (
+            len(guider.mover_channels) not in (0, 2) or (guider.mover_channels and not guider.shows_portrait),
+            "pose_guider.mover_channels are two numbers, and need pose_guider.shows_portrait",
+        ),
+        (
+            guider.mover_channels and config.size_px % (2 * guider.head.grid_px),
+            f"size_px {config.size_px} is not a multiple of twice pose_guider.head.grid_px {guider.head.grid_px}",
+        ),
+        (
+            points.gathered_cells not in (0, points.image_px // points.downscale),
+            f"keypoints.gathered_cells {points.gathered_cells} is neither 0 nor the side of the last map, "
+            f"{points.image_px // points.downscale}",
+        ),
+        (
             unet.num_bases not in (0, 2),
             f"unet.num_bases {unet.num_bases} must be 0, or 2: the portrait as the keypoints move it, and unmoved",
         ),
@@ -304,7 +330,7 @@ def _check_numbers(section: Any, where: str = "") -> None:
         name, value = f"{where}{part.name}", getattr(section, part.name)
         if dataclasses.is_dataclass(value):
             _check_numbers(value, f"{name}.")
-        if value == ():
+        if value == () and name not in MAY_BE_EMPTY:
             raise BadConfig(f"model config: {name} must not be empty")
         for number in _numbers(value):
             if not math.isfinite(number):

@@ -16,7 +16,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.canvas import canvases
+from stages.canvas import ShownPortrait, canvases
 from stages.config import ModelConfig
 from stages.groups import groups
 from stages.messages import (
@@ -80,7 +80,7 @@ class DenoiseStage:
         """`run` with its tensors still on the device; `noise` replaces each session's own."""
         states = self._introduced(states, chunks)
         motions = [
-            Motion(self._tensor(chunk.tokens), self._pose(state, chunk.keypoints))
+            Motion(self._tensor(chunk.tokens), self._pose(state, chunk.keypoints, chunk.tokens))
             for state, chunk in zip(states, chunks, strict=True)
         ]
         given = noise or [None] * len(states)
@@ -119,7 +119,8 @@ class DenoiseStage:
         """The window of a snapshot. `keyframes`: the features of `snapshot.keyframes`, in their order."""
         token = self._tensor(portrait.token)
         num_frames = self.config.window.chunk_frames
-        parts = np.split(snapshot.keypoints, range(num_frames, len(snapshot.keypoints), num_frames))
+        ends = range(num_frames, len(snapshot.keypoints), num_frames)
+        parts = zip(np.split(snapshot.keypoints, ends), np.split(snapshot.tokens, ends), strict=True)
         state = WindowState(
             seed=snapshot.seed,
             num_calls=snapshot.num_calls,
@@ -137,7 +138,7 @@ class DenoiseStage:
             portrait_keypoints=snapshot.portrait_keypoints,
         )
         if snapshot.num_calls:
-            state = replace(state, pose=torch.cat([self._pose(state, part) for part in parts]))
+            state = replace(state, pose=torch.cat([self._pose(state, *part) for part in parts]))
         for features in keyframes:
             state = add_keyframe(state, self._memory(features, token))
         return state
@@ -162,10 +163,14 @@ class DenoiseStage:
             for state, chunk in zip(states, chunks, strict=True)
         ]
 
-    def _pose(self, state: WindowState, keypoints: Floats) -> Tensor:
+    def _pose(self, state: WindowState, keypoints: Floats, tokens: Floats) -> Tensor:
         """(f, c0, h, w) pose features; keypoints travel rather than these, which are a thousand times larger."""
-        start = None if state.portrait_keypoints is None else self._tensor(state.portrait_keypoints)
-        seen = canvases(self._tensor(keypoints), state.picture, start, self.config)
+        shown = None
+        if state.picture is not None and state.portrait_keypoints is not None:
+            own = state.bank[0].unflatten(0, tokens.shape[1:])
+            shown = ShownPortrait(state.picture, self._tensor(state.portrait_keypoints), own)
+        mover = self.pose_guider.mover
+        seen = canvases(self._tensor(keypoints), self._tensor(tokens), shown, mover, self.config)
         return self.pose_guider(seen.to(self._parameter.dtype))
 
     def _picture(self, pixels: Pixels | None) -> Tensor | None:

@@ -25,13 +25,22 @@ SCALES = (0.05, 20.0)
 
 def moved(portrait: Tensor, start: Tensor, end: Tensor, head: HeadConfig) -> Tensor:
     """The portrait (3, s, s) as it looks with keypoints `end` (n, K, 3) instead of `start` (K, 3); (n, 3, s, s)."""
+    coarse = shifts(bounded(start), bounded(end), max(portrait.shape[-1] // head.grid_px, 1), head)
+    return looked_up(portrait.float(), coarse)
+
+
+def looked_up(portrait: Tensor, coarse: Tensor) -> Tensor:
+    """(n, 3, s, s): what a portrait (3, s, s) has as far away as `coarse` (n, g, g, 2) says, [-1, 1] across."""
     side = portrait.shape[-1]
-    coarse = shifts(bounded(start), bounded(end), max(side // head.grid_px, 1), head)
-    # Contiguous, as torch takes four times as long for channels that lie together.
-    fine = F.interpolate(rearrange(coarse, "n h w c -> n c h w").contiguous(), size=(side, side), mode="bilinear")
-    grid = cells(side, portrait) + rearrange(fine, "n c h w -> n h w c")
-    pictures = portrait.float()[None].expand(len(end), -1, -1, -1)
+    grid = cells(side, portrait) + rearrange(grown(rearrange(coarse, "n h w c -> n c h w"), side), "n c h w -> n h w c")
+    pictures = portrait[None].expand(len(coarse), -1, -1, -1)
     return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def grown(x: Tensor, side: int) -> Tensor:
+    """(n, c, g, g) to (n, c, side, side), linearly between cells."""
+    # Contiguous, as torch takes four times as long for channels that lie together.
+    return F.interpolate(x.contiguous(), size=(side, side), mode="bilinear")
 
 
 def bounded(keypoints: Tensor) -> Tensor:
@@ -59,6 +68,12 @@ def relative_turn(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 def shifts(start: Tensor, end: Tensor, side: int, head: HeadConfig) -> Tensor:
     """(n, side, side, 2): how far from every cell of n pictures lies the place in the portrait that it shows, [-1, 1]
     across. start (K, 3) are the portrait's keypoints, end (n, K, 3) those of the pictures. Away from the head: 0."""
+    # In fp32 also where networks train in mixed precision: bfloat16 is off by a pixel.
+    with torch.autocast(start.device.type, enabled=False):
+        return _shifts(start, end, side, head)
+
+
+def _shifts(start: Tensor, end: Tensor, side: int, head: HeadConfig) -> Tensor:
     turn, scale = relative_turn(start, end)
     unit = (start - start.mean(0)).square().sum(1).mean().sqrt().clamp(min=MIN_SIZE)
     offset, radii = (torch.tensor(part, device=start.device) * unit for part in (head.centre, head.radii))

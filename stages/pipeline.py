@@ -21,6 +21,7 @@ from stages.denoise import DenoiseStage
 from stages.errors import BadConfig, BadWeights
 from stages.messages import Pixels
 from stages.motion import MotionStage
+from stages.networks.unet import DenoisingUNet, rest_idle_modules
 from stages.official import is_official, load_official
 from stages.reference import ReferenceStage
 from stages.threads import default_num_threads
@@ -77,6 +78,8 @@ def load_stages(
     dtype = network_dtype(config, target)
     for name, network in networks.items():
         network.to(target, torch.float32 if name == "keypoint_extractor" else dtype)
+        if isinstance(network, DenoisingUNet):
+            rest_idle_modules(network)
     made = {stage: _make_stage(stage, config, networks) for stage in stages}
     return Stages(config, **made)
 

@@ -19,6 +19,7 @@ from stages.errors import BadConfig, BadWeights
 from stages.networks.image_encoder import ImageEncoder
 from stages.networks.keypoint_extractor import KeypointExtractor
 from stages.networks.motion_encoder import MotionEncoder
+from stages.networks.mover import Mover
 from stages.networks.pose_guider import PoseGuider
 from stages.networks.unet import DenoisingUNet, ReferenceUNet
 from stages.networks.vae import Vae
@@ -33,6 +34,7 @@ NETWORKS: dict[str, Callable[[ModelConfig], nn.Module]] = {
         config.pose_guider,
         config.unet.block_channels[0],
         config.unet.num_bases and config.unet.in_channels,
+        Mover(config) if config.pose_guider.mover_channels else None,
     ),
     "denoising_unet": lambda config: DenoisingUNet(config.unet, config.motion_encoder.token_dim),
 }

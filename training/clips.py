@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from fractions import Fraction
 from itertools import chain, count, islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from stages.errors import UserError
 from stages.messages import Floats, Pixels
-from training.layout import BadData, Clip, Manifest, read_boxes, read_truth, video_path
+from training.layout import BadData, Clip, Manifest, Truth, read_boxes, read_truth, video_path
 from training.motion import Motion
 
 NUM_MOTIONS = len(fields(Motion))
@@ -81,6 +81,8 @@ class Sample:
     canonical: Floats
     """(21, 3)."""
     clip: int
+    person: int = -1
+    """Seed of a drawn person; -1 for filmed clips."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Batch:
     """(b,) indices into the manifest."""
     bad: tuple[tuple[str, str], ...] = ()
     """Name and reason of every clip that was tried for this batch in vain."""
+    people: NDArray[np.int64] | None = None
+    """(b,) seeds of drawn people, -1 for filmed clips: what the world can say more of them."""
 
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -219,11 +223,11 @@ def load(manifest: Manifest, pick: Pick) -> Sample:
     if max(pick.frames) >= clip.num_frames:
         raise BadClip(f"{clip.name}: {clip.num_frames} frames are too few for the sampling", "too_few_frames")
     boxes = _boxes(manifest, clip, pick.frames)
-    motions, canonical = _truth(manifest, clip, pick.frames)
+    truth = _truth(manifest, clip, pick.frames)
     pixels = decode_frames(video_path(manifest.folder, clip.name), pick.frames, clip.num_frames)
     if pixels.shape[1:3] != (manifest.size_px, manifest.size_px):
         raise BadClip(f"{clip.name}: pictures of {pixels.shape[1:3]} px, not {manifest.size_px}", "wrong_size")
-    return Sample(pixels, boxes, motions, canonical, pick.clip)
+    return Sample(pixels, boxes, truth.motions, truth.canonical, pick.clip, truth.person)
 
 
 def _boxes(manifest: Manifest, clip: Clip, frames: tuple[int, ...]) -> NDArray[np.int32]:
@@ -240,17 +244,19 @@ def _boxes(manifest: Manifest, clip: Clip, frames: tuple[int, ...]) -> NDArray[n
     return boxes
 
 
-def _truth(manifest: Manifest, clip: Clip, frames: tuple[int, ...]) -> tuple[Floats, Floats]:
+def _truth(manifest: Manifest, clip: Clip, frames: tuple[int, ...]) -> Truth:
     try:
         truth = read_truth(manifest.folder, clip.name)
     except BadData as error:
         raise BadClip(str(error), "bad_truth") from None
     if truth is None:
-        return np.full((len(frames), NUM_MOTIONS), np.nan, np.float32), np.full((NUM_KEYPOINTS, 3), np.nan, np.float32)
+        shapes = (len(frames), NUM_MOTIONS), (NUM_KEYPOINTS, 3)
+        motions, canonical = (np.full(shape, np.nan, np.float32) for shape in shapes)
+        return Truth(motions, canonical)
     shapes = truth.motions.shape[1:], truth.canonical.shape
     if len(truth.motions) < clip.num_frames or shapes != ((NUM_MOTIONS,), (NUM_KEYPOINTS, 3)):
         raise BadClip(f"{clip.name}: truth of {truth.motions.shape} and {truth.canonical.shape}", "bad_truth")
-    return truth.motions[list(frames)], truth.canonical
+    return replace(truth, motions=truth.motions[list(frames)])
 
 
 Attempt = Sample | tuple[int, BadClip]
@@ -330,4 +336,5 @@ def _batch(samples: list[Sample], bad: list[tuple[str, str]]) -> Batch:
         np.stack([sample.canonical for sample in samples]),
         np.array([sample.clip for sample in samples], np.int64),
         tuple(bad),
+        np.array([sample.person for sample in samples], np.int64),
     )

@@ -18,11 +18,11 @@ from training.world import backdrop
 
 
 def reframe(
-    picture: Pixels, pose: NDArray[np.float32], image_px: int, rng: np.random.Generator
+    picture: Pixels, pose: NDArray[np.float32], image_px: int, rng: np.random.Generator, strength: float = 1.0
 ) -> tuple[Pixels, NDArray[np.float32]]:
     """Zoomed, shifted and turned in the picture plane, with its pose (pitch, yaw, roll, x, y, scale) following."""
-    zoom, angle = float(np.exp(rng.uniform(-0.45, 0.45))), float(rng.normal(0, 7))
-    shift = rng.uniform(-0.25, 0.25, 2)
+    zoom, angle = float(np.exp(strength * rng.uniform(-0.45, 0.45))), float(strength * rng.normal(0, 7))
+    shift = strength * rng.uniform(-0.25, 0.25, 2)
     turn = zoom * np.array(((np.cos(r := np.radians(angle)), -np.sin(r)), (np.sin(r), np.cos(r))))
     half, out = picture.shape[0] / 2, image_px / 2
     # Pixel centres: p = half · (u + 1) - 0.5 for a place u in [-1, 1].

@@ -107,7 +107,7 @@ def draw_clip(plan: Plan) -> Clip:
     parts = [feature_boxes(identity, motion, plan.size_px) for motion in motions]
     names = [field.name for field in dataclasses.fields(Boxes)]
     write_boxes(plan.folder, plan.name, Boxes(*(np.stack([part[name] for part in parts]) for name in names)))
-    truth = Truth(np.stack([to_array(motion) for motion in motions]), canonical_keypoints(identity))
+    truth = Truth(np.stack([to_array(motion) for motion in motions]), canonical_keypoints(identity), plan.seed)
     write_truth(plan.folder, plan.name, truth)
     return clip
 

@@ -3,7 +3,7 @@
     DATA/manifest.json        {"size_px", "fps", "clips": [{"name", "num_frames", "source"}, ...]}
     DATA/videos/NAME.mp4      square, of constant frame rate
     DATA/boxes/NAME.npz       face, left_eye, right_eye, mouth: (num_frames, 4) int32 x1, y1, x2, y2 (exclusive)
-    DATA/truth/NAME.npz       drawn clips only: motions (num_frames, 14), canonical (K, 3)
+    DATA/truth/NAME.npz       drawn clips only: motions (num_frames, 14), canonical (K, 3), person (their seed)
 
 *Left* and *right* are those of the picture.
 """
@@ -67,6 +67,8 @@ class Truth:
     """(n, 14) in the order of `training.motion.Motion`."""
     canonical: Floats
     """(K, 3)."""
+    person: int = -1
+    """Whose seed `training.identity.sample_identity` takes; -1: not known."""
 
 
 def video_path(folder: Path, name: str) -> Path:
@@ -133,7 +135,7 @@ def write_truth(folder: Path, name: str, truth: Truth) -> None:
     """Saves what is true of a drawn clip."""
     path = truth_path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, motions=truth.motions, canonical=truth.canonical)
+    np.savez(path, motions=truth.motions, canonical=truth.canonical, person=truth.person)
 
 
 def read_truth(folder: Path, name: str) -> Truth | None:
@@ -143,6 +145,7 @@ def read_truth(folder: Path, name: str) -> Truth | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return Truth(np.asarray(stored["motions"], np.float32), np.asarray(stored["canonical"], np.float32))
+            motions, canonical = (np.asarray(stored[name], np.float32) for name in ("motions", "canonical"))
+            return Truth(motions, canonical, int(stored["person"]))
     except (OSError, ValueError, KeyError) as error:
         raise BadData(f"{path} does not hold a drawn clip's truth: {error}") from error

@@ -54,7 +54,7 @@ BLOCK_BYTES = 48 << 20
 """Pixels that one task decodes: enough that a task's own cost vanishes, and below Ray Data's limit for a block."""
 MAX_BLOCK_PICKS = 64
 BLOCKS_PER_DATASET = 512
-PARTS = ("pixels", "boxes", "motions", "canonical")
+PARTS = ("pixels", "boxes", "motions", "canonical", "person")
 Columns = dict[str, NDArray[Any]]
 
 
@@ -154,8 +154,8 @@ def attempts_of(block: Columns) -> Iterator[Attempt]:
         if code:
             yield clip, BadClip(str(block["message"][index]), code)
         else:
-            pixels, boxes, motions, canonical = (block[name][index] for name in PARTS)
-            yield Sample(pixels, boxes, motions, canonical, clip)
+            pixels, boxes, motions, canonical, person = (block[name][index] for name in PARTS)
+            yield Sample(pixels, boxes, motions, canonical, clip, int(person))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from stages.config import (
 from stages.errors import BadConfig
 from training.clips import Sampling
 
-PHASES = ("autoencoder", "keypoints", "motion", "distill", "stream")
+PHASES = ("autoencoder", "keypoints", "mover", "motion", "distill", "stream")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class KeypointsConfig(PhaseConfig):
 
     negative_share: float = 0.1
     """Share of pictures without a person, for which the keypoints must collapse."""
+    mild_share: float = 0.5
+    """Share of pictures with a person that the extractor sees almost as they are: places are learned most exactly."""
     motion_weight: float = 1.0
     """Of the motion encoder's loss beside the extractor's."""
 
@@ -91,7 +93,12 @@ class AnimationConfig(PhaseConfig):
     """What phases `motion`, `distill` and `stream` share."""
 
     trained: tuple[str, ...] = ("reference_unet", "denoising_unet", "pose_guider", "motion_encoder")
-    frozen_parts: tuple[str, ...] = ("reference_unet.up_blocks.3", "temporal_modules", "pose_guider.base.")
+    frozen_parts: tuple[str, ...] = (
+        "reference_unet.up_blocks.3",
+        "temporal_modules",
+        "pose_guider.base.",
+        "pose_guider.mover.",
+    )
     """Name parts of what stays as it is inside trained networks. T; the paper updates everything. The last is the
     small model's: its first answer would fade, since halving what is uncertain is a quick way to a smaller error."""
     trained_parts: tuple[str, ...] = ()
@@ -108,11 +115,29 @@ class AnimationConfig(PhaseConfig):
     """Strength of the driving crop's augmentation, 1 as in T."""
     pose_noise: float = 0.0
     """Deviation in degrees (and, times 0.006, in half picture widths) by which drawn poses are off, so that a model
-    trained on exact poses meets what the extractor will say."""
+    trained on exact poses meets what the extractor will say. Nobody sees these errors: they blur what is learned."""
+    portrait_noise: float = 0.0
+    """The same of the portrait's pose, beside which the portrait can be seen; of its place and scale (1 % a degree) all
+    frames have a share, as the method moves portraits from where they are."""
     poses: Literal["extractor", "truth"] = "extractor"
     """Where head poses come from; truth only exists for drawn clips."""
     expressions: Literal["encoder", "truth"] = "encoder"
     """Where motion tokens come from; truth only exists for drawn clips."""
+
+
+@dataclass(frozen=True)
+class MoverConfig(AnimationConfig):
+    """The network that moves the portrait, for models that have one (tiny only)."""
+
+    trained: tuple[str, ...] = ("pose_guider",)
+    trained_parts: tuple[str, ...] = ("pose_guider.mover.",)
+    frozen_parts: tuple[str, ...] = ()
+    picture_weight: float = 1.0
+    """Of the pictures' error beside that of places, which drawn clips have; 0: only places are learned, twice as
+    fast."""
+    absolute_weight: float = 0.5
+    """Of the pictures' absolute error beside the squared one, pictures in -1 to 1."""
+    perceptual_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +193,7 @@ class Recipe:
     model: ModelConfig
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     keypoints: KeypointsConfig = field(default_factory=KeypointsConfig)
+    mover: MoverConfig = field(default_factory=MoverConfig)
     motion: MotionConfig = field(default_factory=MotionConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -231,9 +257,13 @@ def tiny_model() -> ModelConfig:
             num_tokens=16,
             token_dim=16,
         ),
-        keypoints=KeypointConfig(image_px=128, depths=(1, 1, 3, 1), dims=(24, 48, 96, 192), radius_px=6),
+        keypoints=KeypointConfig(
+            image_px=128, depths=(1, 1, 3, 1), dims=(24, 48, 96, 192), radius_px=6, gathered_cells=4
+        ),
         # The canvas shows the moved portrait: what is left to draw is what a small model can learn in an hour.
-        pose_guider=PoseGuiderConfig(channels=(64, 96, 128), pixel_patch=4, shows_portrait=True),
+        pose_guider=PoseGuiderConfig(
+            channels=(64, 96, 128), pixel_patch=4, shows_portrait=True, mover_channels=(64, 128)
+        ),
         # One resolution of 8x8 squares, so that it can start as their principal components.
         vae=VaeConfig(
             block_channels=(96,),
@@ -278,8 +308,8 @@ def tiny() -> Recipe:
     # trained beside this, disturbed by as much as those are wrong.
     given: dict[str, Any] = {
         "drop_reference": 0.0, "drop_pose": 0.0, "drop_motion": 0.0, "drop_reference_tokens": 0.1, "poses": "truth",
-        "expressions": "truth", "pose_noise": 0.3, "augment": 0.0, "face_weight": 3.0,
-        "frozen_parts": ("temporal_modules", "pose_guider.base."), "checkpoint_every": 200,
+        "expressions": "truth", "pose_noise": 0.3, "portrait_noise": 1.5, "augment": 0.0, "face_weight": 3.0,
+        "frozen_parts": ("temporal_modules", "pose_guider.base.", "pose_guider.mover."), "checkpoint_every": 200,
         "trained": ("reference_unet", "denoising_unet", "pose_guider"),
     }  # fmt: skip
     appearance: dict[str, Any] = {
@@ -294,6 +324,11 @@ def tiny() -> Recipe:
         ),
         keypoints=KeypointsConfig(
             num_steps=6000, batch_size=4, sampling=poses, optimiser=_quick(1.5e-3), checkpoint_every=200
+        ),
+        mover=MoverConfig(
+            num_steps=6000, batch_size=2, sampling=poses, optimiser=_quick(1e-3, 0.999), checkpoint_every=200,
+            **{name: given[name] for name in ("poses", "expressions", "pose_noise", "portrait_noise", "augment",
+            "drop_reference", "face_weight")},
         ),
         motion=MotionConfig(
             num_steps=8000, batch_size=2, sampling=poses, optimiser=_quick(8e-4, 0.999), timesteps="levels",
@@ -344,7 +379,7 @@ def smoke_model() -> ModelConfig:
             token_dim=12,
         ),
         keypoints=KeypointConfig(image_px=64, depths=(1, 1, 2, 1), dims=(8, 12, 16, 24), radius_px=2),
-        pose_guider=PoseGuiderConfig(channels=(12, 16), pixel_patch=4, shows_portrait=True),
+        pose_guider=PoseGuiderConfig(channels=(12, 16), pixel_patch=4, shows_portrait=True, mover_channels=(8, 12)),
         vae=VaeConfig(
             block_channels=(24,),
             layers_per_block=1,
@@ -380,6 +415,7 @@ def smoke() -> Recipe:
         model=smoke_model(),
         autoencoder=dataclasses.replace(tiny_recipe.autoencoder, num_steps=20, **often),
         keypoints=dataclasses.replace(tiny_recipe.keypoints, num_steps=20, **often),
+        mover=dataclasses.replace(tiny_recipe.mover, num_steps=20, poses="extractor", expressions="encoder", **often),
         motion=dataclasses.replace(tiny_recipe.motion, num_steps=20, level_shares=(), trained=moved, **learned),
         distill=dataclasses.replace(tiny_recipe.distill, num_steps=10, trained=moved, **appearance),
         stream=dataclasses.replace(tiny_recipe.stream, num_steps=5, sampling=run, **appearance),

@@ -25,7 +25,7 @@ VIEWER = np.eye(3)
 
 
 @dataclass(frozen=True)
-class _Scene:
+class Scene:
     """One frame's geometry: pixel places in head units, relative to the middle of the head."""
 
     identity: Identity
@@ -53,7 +53,7 @@ class _Scene:
 def render(identity: Identity, motion: Motion, size: int = 256, supersample: float = 1.0) -> Pixels:
     """The picture, uint8 (size, size, 3). Outlines are anti-aliased even without supersampling."""
     inner = round(size * supersample)
-    scene = _scene(identity, motion, inner)
+    scene = make_scene(identity, motion, inner)
     picture = backdrop(identity, inner).copy()
     front, back = hair.hair_solids(identity)
     if back:
@@ -137,13 +137,13 @@ def head_solids(identity: Identity, motion: Motion) -> list[Ellipsoid]:
     return solids
 
 
-def _scene(identity: Identity, motion: Motion, size: int) -> _Scene:
+def make_scene(identity: Identity, motion: Motion, size: int) -> Scene:
     place = ((np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1) / motion.scale
     x, y = motion.x / motion.scale, motion.y / motion.scale
     torso = np.array((-0.45 * x - 0.006 * motion.roll, 1.13 - 0.35 * y))
     turn = rotation(motion.pitch, motion.yaw, motion.roll)
     basis = monomials(place - np.float32(x), place - np.float32(y))
-    return _Scene(identity, motion, size, 2 / (size * motion.scale), basis, turn, torso)
+    return Scene(identity, motion, size, 2 / (size * motion.scale), basis, turn, torso)
 
 
 def shade(identity: Identity, albedo: Map, normal: Map, gloss: float) -> Map:
@@ -188,7 +188,7 @@ def _flat(colour: Colour, shape: tuple[int, ...]) -> Map:
     return np.broadcast_to(np.array(colour, np.float32), (*shape[:2], 3))
 
 
-def _shadow(scene: _Scene, head: Surface) -> Map:
+def _shadow(scene: Scene, head: Surface) -> Map:
     """What the head keeps from the light on neck and shoulders, (h, w) 0 to 1."""
     unit = 1 / scene.pixel
     shift = np.array(((1, 0, -0.16 * scene.identity.light[0] * unit), (0, 1, 0.2 * unit)))
@@ -196,16 +196,9 @@ def _shadow(scene: _Scene, head: Surface) -> Map:
     return np.asarray(cv2.blur(moved, (round(0.16 * unit) | 1, round(0.16 * unit) | 1)), np.float32)
 
 
-def _draw_body(picture: Map, scene: _Scene, shadow: Map) -> None:
+def _draw_body(picture: Map, scene: Scene, shadow: Map) -> None:
     identity, (tx, ty) = scene.identity, scene.torso
-    nape = scene.turn @ np.array((0.0, 0.4, 0.2))
-    foot = np.array((tx, ty + 0.25, 0.3))
-    axis = foot - nape
-    lean = -np.degrees(np.arctan2(axis[0], axis[1]))
-    neck = Ellipsoid(
-        tuple((nape + foot) / 2), (identity.neck, 1.0 * float(np.linalg.norm(axis)), identity.neck), roll=lean
-    )
-    seen = scene.see([neck], VIEWER, 0)
+    seen = scene.see([neck(scene)], VIEWER, 0)
     place = scene.view(seen)[..., :2] - (tx, ty)
     rolled = identity.neckline == "turtleneck"
     skin = np.where(
@@ -213,14 +206,23 @@ def _draw_body(picture: Map, scene: _Scene, shadow: Map) -> None:
     )
     dark = 1 - 0.42 * shadow
     _paint(picture, identity, seen.coverage, skin, seen.normal, 0.02, dim=dark)
-    body = scene.see(_body_solids(identity, tx, ty), VIEWER, 0.12)
+    body = scene.see(body_solids(identity, tx, ty), VIEWER, 0.12)
     albedo, cover = _clothes(identity, scene.view(body)[..., :2] - (tx, ty), scene.pixel)
     chest = body.coverage * (1 - cover) * (place[..., 1] > 0.02)
     _paint(picture, identity, chest, _flat(identity.skin, cover.shape), body.normal, 0.02, dim=dark)
     _paint(picture, identity, body.coverage * cover, albedo, body.normal, dim=1 - 0.3 * shadow)
 
 
-def _body_solids(identity: Identity, tx: float, ty: float) -> list[Ellipsoid]:
+def neck(scene: Scene) -> Ellipsoid:
+    """From the nape, which turns with the head, to the body."""
+    nape = scene.turn @ np.array((0.0, 0.4, 0.2))
+    foot = np.array((scene.torso[0], scene.torso[1] + 0.25, 0.3))
+    axis = foot - nape
+    wide, lean = scene.identity.neck, -np.degrees(np.arctan2(axis[0], axis[1]))
+    return Ellipsoid(tuple((nape + foot) / 2), (wide, 1.0 * float(np.linalg.norm(axis)), wide), roll=lean)
+
+
+def body_solids(identity: Identity, tx: float, ty: float) -> list[Ellipsoid]:
     wide = identity.shoulders
     solids = [
         Ellipsoid((tx, ty + 1.35, 0.4), (wide * 0.82, 1.2, 0.65)),
@@ -259,7 +261,7 @@ def _clothes(identity: Identity, place: Map, pixel: float) -> tuple[Map, Map]:
     return np.asarray(albedo * (1 + folds[..., None]), np.float32), np.asarray(cover, np.float32)
 
 
-def _draw_head(picture: Map, scene: _Scene, head: Surface) -> None:
+def _draw_head(picture: Map, scene: Scene, head: Surface) -> None:
     identity, motion = scene.identity, scene.motion
     local = scene.local(head)
     albedo = np.broadcast_to(np.array(identity.skin, np.float32), local.shape).copy()
@@ -281,7 +283,7 @@ def _draw_head(picture: Map, scene: _Scene, head: Surface) -> None:
         _draw_earrings(picture, scene)
 
 
-def _painted(scene: _Scene, local: Map) -> Map:
+def _painted(scene: Scene, local: Map) -> Map:
     texture = face.paint_face(scene.identity, scene.motion, round(1.25 * face.SPAN / scene.pixel))
     per_unit = len(texture) / face.SPAN
     columns = (local[..., 0] - face.LEFT) * per_unit - 0.5
@@ -290,7 +292,7 @@ def _painted(scene: _Scene, local: Map) -> Map:
     return sampled.astype(np.float32)
 
 
-def _draw_hair(picture: Map, scene: _Scene, seen: Surface, head: Surface | None) -> None:
+def _draw_hair(picture: Map, scene: Scene, seen: Surface, head: Surface | None) -> None:
     """Hair over `head`, or, where that is None, behind everything."""
     identity, local = scene.identity, scene.local(seen)
     strand = hair.strands(identity, local)
@@ -304,7 +306,7 @@ def _draw_hair(picture: Map, scene: _Scene, seen: Surface, head: Surface | None)
     _paint(picture, identity, cover, albedo, seen.normal, extra=_sheen(scene, seen, local, strand) * np.float32(deep))
 
 
-def _sheen(scene: _Scene, seen: Surface, local: Map, strand: Map) -> Map:
+def _sheen(scene: Scene, seen: Surface, local: Map, strand: Map) -> Map:
     """The bright band across strands."""
     identity = scene.identity
     if identity.hair_style in hair.FRIZZY:
@@ -317,7 +319,7 @@ def _sheen(scene: _Scene, seen: Surface, local: Map, strand: Map) -> Map:
     return np.asarray(band * (0.05 + 0.22 * strand) * (0.4 + 0.6 * max(identity.hair)), np.float32)
 
 
-def _to_pixels(scene: _Scene, points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _to_pixels(scene: Scene, points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Points of the head (n, 3) to picture coordinates (n, 2) in pixels, and their depth."""
     seen = points @ scene.turn.T
     middle = np.array((scene.motion.x, scene.motion.y))
@@ -338,7 +340,7 @@ def _stroke(picture: Map, points: NDArray[np.float64], width: float, colour: Col
     block += (alpha * (opacity / 255))[..., None] * (np.array(colour, np.float32) - block)
 
 
-def _draw_glasses(picture: Map, scene: _Scene) -> None:
+def _draw_glasses(picture: Map, scene: Scene) -> None:
     identity = scene.identity
     angle = np.linspace(0, 2 * np.pi, 41)
     power = 1 - 0.55 * (1 - identity.glasses)
@@ -365,7 +367,7 @@ def _draw_glasses(picture: Map, scene: _Scene) -> None:
     _stroke(picture, _to_pixels(scene, bridge)[0], width, identity.glasses_colour)
 
 
-def _draw_earrings(picture: Map, scene: _Scene) -> None:
+def _draw_earrings(picture: Map, scene: Scene) -> None:
     for side in (-1, 1):
         spot = np.array(((side * (scene.identity.face_width + 0.07), 0.28, 0.06),) * 2)
         place, depth = _to_pixels(scene, spot)

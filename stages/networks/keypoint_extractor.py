@@ -101,6 +101,7 @@ class KeypointExtractor(nn.Module):
         self.downsample_layers = _downsample_layers(config.dims)
         depths = zip(config.dims, config.depths, strict=True)
         self.stages = nn.ModuleList([nn.Sequential(*(Block(dim) for _ in range(depth))) for dim, depth in depths])
+        self.gather = nn.Conv2d(width, width, config.gathered_cells) if config.gathered_cells else None
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.fc_kp = nn.Linear(width, 3 * config.num_keypoints)
         self.fc_scale = nn.Linear(width, 1)
@@ -113,7 +114,7 @@ class KeypointExtractor(nn.Module):
         x = images
         for downsample, blocks in zip(self.downsample_layers, self.stages, strict=True):
             x = blocks(downsample(x))
-        x = self.norm(reduce(x, "n c h w -> n c", "mean"))
+        x = self.norm(reduce(x if self.gather is None else self.gather(x), "n c h w -> n c", "mean"))
         return RawPose(
             keypoints=self.fc_kp(x),
             pitch=self.fc_pitch(x),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.config import PoseGuiderConfig
+from stages.networks.mover import Mover
 from stages.networks.vae import fold
 
 
@@ -19,11 +20,13 @@ class PoseGuider(nn.Module):
     """Canvases (n, 3 or 9, H, W) in [0, 1] to (n, out_channels, h, w); H is h · `config.downscale`.
 
     With `base_channels` (for canvases that show the portrait) twice as many channels follow: the moved and the unmoved
-    portrait in latents, by a linear map of their pixels. The denoiser's answer starts from them.
+    portrait in latents, by a linear map of their pixels. The denoiser's answer starts from them. `mover` makes a part
+    of the canvases (`stages.canvas` calls it) and is kept here, with the weights that belong to it.
     """
 
-    def __init__(self, config: PoseGuiderConfig, out_channels: int, base_channels: int = 0):
+    def __init__(self, config: PoseGuiderConfig, out_channels: int, base_channels: int = 0, mover: Mover | None = None):
         super().__init__()
+        self.mover = mover
         self.pixel_patch = config.pixel_patch
         self.conv_in = nn.Conv2d(config.canvas_channels * config.pixel_patch**2, config.channels[0], 3, padding=1)
         blocks: list[nn.Module] = []

@@ -205,9 +205,13 @@ class TemporalModule(nn.Module):
         self.temporal_transformer = SideTransformer(dim, dim, config.num_temporal_heads, config.num_norm_groups)
         self.register_buffer("positions", temporal_positions(config.max_positions, dim), persistent=False)
         self.chunk_causal = config.chunk_causal
+        self.is_idle = False
+        """Set by `rest_idle_modules`."""
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         """x (sessions · num_frames, C, h, w) to the same shape."""
+        if self.is_idle:
+            return x
         outer = self.temporal_transformer
         inner = outer.transformer_blocks[0]
         tokens = outer.proj_in(to_tokens(outer.norm(x)))
@@ -219,6 +223,16 @@ class TemporalModule(nn.Module):
         tokens = tokens + inner.ff(inner.ff_norm(tokens))
         tokens = rearrange(tokens, "(b l) f c -> (b f) l c", l=x.shape[-2] * x.shape[-1])
         return x + to_image(outer.proj_out(tokens), x)
+
+
+def rest_idle_modules(denoiser: DenoisingUNet) -> int:
+    """Spares temporal modules the work whose last layer makes nothing of it, as in a model that phase `stream` has not
+    trained: a quarter of a small model's call. Not for training. Returns how many those are."""
+    temporal = [module for module in denoiser.modules() if isinstance(module, TemporalModule)]
+    for module in temporal:
+        last = module.temporal_transformer.proj_out
+        module.is_idle = not (last.weight.any() or last.bias.any())
+    return sum(module.is_idle for module in temporal)
 
 
 def chunk_causal_mask(num_frames: int, chunk_frames: int, device: torch.device | str = "cpu") -> Tensor:

@@ -234,7 +234,17 @@ def keyframe_stages(stages: Stages) -> Stages:
 @pytest.fixture(scope="session")
 def showing_stages(stages: Stages) -> Stages:
     """The same weights with a pose guider whose canvases show the portrait."""
-    guider = PoseGuiderConfig(channels=(4, 6, 10), pixel_patch=2, shows_portrait=True)
+    return with_guider(stages, PoseGuiderConfig(channels=(4, 6, 10), pixel_patch=2, shows_portrait=True))
+
+
+@pytest.fixture(scope="session")
+def moving_stages(stages: Stages) -> Stages:
+    """The same with a network that moves the portrait."""
+    guider = PoseGuiderConfig(channels=(4, 6, 10), pixel_patch=2, shows_portrait=True, mover_channels=(4, 8))
+    return with_guider(stages, guider)
+
+
+def with_guider(stages: Stages, guider: PoseGuiderConfig) -> Stages:
     config = replace(SMALL, pose_guider=guider)
     made = {name: replace(getattr(stages, name), config=config) for name in STAGE_NETWORKS}
     made["denoise"] = replace(made["denoise"], pose_guider=build("pose_guider", config, 50))

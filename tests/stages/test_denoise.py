@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.canvas import canvases
+from stages.canvas import ShownPortrait, canvases
 from stages.keypoints import draw
 from stages.messages import MotionChunk
 from stages.networks.unet import attention_names, project_memory
@@ -85,8 +85,9 @@ def test_the_pose_is_drawn_where_it_is_read(stages, session, config):
     torch.testing.assert_close(state.pose, expected[2:], rtol=0, atol=1e-5)
 
 
-def test_canvases_that_show_the_portrait_move_it_from_the_first_keypoints(showing_stages, draw_picture, draw_chunks):
-    stages = showing_stages
+@pytest.mark.parametrize("kind", ["showing_stages", "moving_stages"])
+def test_canvases_that_show_the_portrait_move_it_from_the_first_keypoints(request, draw_picture, draw_chunks, kind):
+    stages = request.getfixturevalue(kind)
     session = start(stages, draw_picture, draw_chunks, 3, num_chunks=2)
     assert session.state.portrait_keypoints is None
     state = session.state
@@ -94,8 +95,11 @@ def test_canvases_that_show_the_portrait_move_it_from_the_first_keypoints(showin
         [(state, _, _)] = stages.denoise.run([state], [chunk])
         assert np.array_equal(state.portrait_keypoints, session.chunks[0].keypoints[0])
     picture = torch.from_numpy(draw_picture(3)).permute(2, 0, 1) / 255
-    own, keypoints = (torch.from_numpy(part) for part in (session.chunks[0].keypoints[0], session.chunks[1].keypoints))
-    expected = stages.denoise.pose_guider(canvases(keypoints, picture, own, stages.config))
+    chunk, guider = session.chunks[1], stages.denoise.pose_guider
+    own, keypoints, tokens = map(torch.from_numpy, (session.chunks[0].keypoints[0], chunk.keypoints, chunk.tokens))
+    portrait = ShownPortrait(picture, own, torch.from_numpy(stages.motion.open(draw_picture(3)).portrait_tokens))
+    with torch.inference_mode():
+        expected = guider(canvases(keypoints, tokens, portrait, guider.mover, stages.config))
     torch.testing.assert_close(state.pose[2:], expected, rtol=0, atol=1e-5)
 
 
@@ -110,9 +114,10 @@ def test_only_the_portraits_pixels_tell_two_such_sessions_apart(showing_stages, 
         assert np.array_equal(after.portrait_keypoints, alone.portrait_keypoints)
 
 
+@pytest.mark.parametrize("kind", ["showing_stages", "moving_stages"])
 @pytest.mark.parametrize("num_calls", [0, 1, 3])
-def test_a_restored_window_shows_the_same_portrait(showing_stages, draw_picture, draw_chunks, num_calls):
-    stages = showing_stages
+def test_a_restored_window_shows_the_same_portrait(request, draw_picture, draw_chunks, num_calls, kind):
+    stages = request.getfixturevalue(kind)
     session = start(stages, draw_picture, draw_chunks, 3)
     state = session.state
     for chunk in session.chunks[:num_calls]:

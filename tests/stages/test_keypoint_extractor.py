@@ -1,5 +1,7 @@
 """The keypoint extractor's shapes, and its norms against torch's."""
 
+from dataclasses import replace
+
 import torch
 from einops import rearrange
 
@@ -33,6 +35,20 @@ def test_pictures_of_a_batch_do_not_influence_each_other():
     extractor = KeypointExtractor(SMALL).eval()
     images = torch.rand(3, 3, 64, 64)
     torch.testing.assert_close(extractor(images).keypoints[1:2], extractor(images[1:2]).keypoints)
+
+
+@torch.no_grad()
+def test_gathered_cells_each_have_weights_and_equal_ones_are_the_mean():
+    torch.manual_seed(0)
+    plain = KeypointExtractor(SMALL).eval()
+    gathering = KeypointExtractor(replace(SMALL, gathered_cells=4)).eval()
+    gathering.load_state_dict(plain.state_dict(), strict=False)
+    gathering.gather.weight.copy_(torch.eye(10)[:, :, None, None] / 16)
+    gathering.gather.bias.zero_()
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(gathering(images).keypoints, plain(images).keypoints, rtol=0, atol=1e-5)
+    gathering.gather.weight[:5, :, 1, 2] += 0.1
+    assert (gathering(images).keypoints - plain(images).keypoints).abs().max() > 1e-3
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from stages.networks.unet import (
     down_plans,
     extend_memory,
     project_memory,
+    rest_idle_modules,
     up_plans,
 )
 
@@ -297,6 +298,26 @@ def test_temporal_modules_look_along_time_only_with_positions_from_the_oldest_fr
     expected = torch.cat([slow_temporal(module, window, 4) for window in windows])
     found = module(rearrange(windows, "b f c h w -> (b f) c h w"), num_frames=5)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_modules_that_add_nothing_rest_and_the_answer_stays(config, unet, reference_unet):
+    unet = copy.deepcopy(unet)
+    temporal = [module for module in unet.modules() if isinstance(module, TemporalModule)]
+    assert rest_idle_modules(unet) == 0
+    for module in temporal[1:]:
+        module.temporal_transformer.proj_out.weight.zero_()
+        module.temporal_transformer.proj_out.bias.zero_()
+    memory = picture_memory(unet, reference_unet, config.unet, 1)
+    inputs = (
+        torch.randn(1, NUM_FRAMES, 12, SIDE, SIDE),
+        torch.tensor([0, 0, 500, 500, 999, 999]),
+        torch.randn(1, NUM_FRAMES, 5, 6),
+        torch.randn(1, NUM_FRAMES, 8, SIDE, SIDE),
+        [memory],
+    )
+    working = unet(*inputs)
+    assert rest_idle_modules(unet) == len(temporal) - 1
+    assert torch.equal(unet(*inputs), working)
 
 
 def test_a_chunk_causal_frame_sees_its_own_chunk_and_cleaner_ones():

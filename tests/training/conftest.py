@@ -37,7 +37,7 @@ def clip() -> Batch:
 def drawn_batch(people: dict, num_pictures: int) -> Batch:
     samples = [drawn_sample(seed, plan(np.random.default_rng(seed), num_pictures)) for seed, plan in people.items()]
     parts = (np.stack(part) for part in zip(*samples, strict=True))
-    return Batch(*parts, clips=np.arange(len(samples)))
+    return Batch(*parts, clips=np.arange(len(samples)), people=np.array(list(people)))
 
 
 def drawn_sample(seed: int, motions: list[Motion]) -> tuple[np.ndarray, ...]:

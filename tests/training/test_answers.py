@@ -21,7 +21,7 @@ from training.world import canonical_keypoints, render
 def stages(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Stages:
     """Random networks, but a keypoint extractor that finds a face in the middle of everything."""
     folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     networks = {name: build(config) for name, build in NETWORKS.items()}
     with torch.no_grad():
         extractor = networks["keypoint_extractor"]

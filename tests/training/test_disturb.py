@@ -22,6 +22,12 @@ def test_a_reframed_picture_shows_the_pose_that_is_said():
     assert difference < 0.5 * unmoved
 
 
+def test_reframing_of_no_strength_changes_nothing():
+    picture, pose = render(sample_identity(31), Motion(), 64), to_array(Motion(yaw=12.0))[:6]
+    same, same_pose = reframe(picture, pose, 64, np.random.default_rng(2), 0.0)
+    assert np.array_equal(same, picture) and np.allclose(same_pose, pose)
+
+
 def test_degrading_changes_light_and_sharpness_and_keeps_size_and_type():
     picture = render(sample_identity(31), Motion(), 48)
     changed = [degrade(picture, np.random.default_rng(seed)) for seed in range(8)]

@@ -51,12 +51,13 @@ def test_a_manifest_without_clips_is_refused(tmp_path: Path):
 def test_boxes_and_truth_come_back(tmp_path: Path):
     rng = np.random.default_rng(0)
     boxes = Boxes(*(rng.integers(0, 64, (3, 4)).astype(np.int32) for _ in range(4)))
-    truth = Truth(rng.random((3, 14), np.float32), rng.random((21, 3), np.float32))
+    truth = Truth(rng.random((3, 14), np.float32), rng.random((21, 3), np.float32), 17)
     write_boxes(tmp_path, "one", boxes)
     write_truth(tmp_path, "one", truth)
     found = read_truth(tmp_path, "one")
     assert np.array_equal(read_boxes(tmp_path, "one").mouth, boxes.mouth)
     assert found is not None and np.array_equal(found.motions, truth.motions)
+    assert found.person == 17
 
 
 def test_a_filmed_clip_has_no_truth(tmp_path: Path):

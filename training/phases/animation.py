@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.canvas import canvases
+from stages.canvas import ShownPortrait, canvases
 from stages.config import ModelConfig
 from stages.images import clip_pixels, detector_frames, face_crop, signed
 from stages.keypoints import box_is_usable, boxes, degrees_from_logits, transform
@@ -41,8 +41,9 @@ NETWORKS = (
     "vae", "image_encoder", "keypoint_extractor", "motion_encoder", "pose_guider", "reference_unet", "denoising_unet"
 )  # fmt: skip
 PLACE_NOISE = 0.006
-"""Half picture widths per degree of `pose_noise`."""
-SCALE_NOISE = 0.015
+"""Half picture widths per degree of noise."""
+SCALE_NOISE = 0.01
+"""Share per degree of `portrait_noise`."""
 EXPRESSION_NOISE = 0.04
 
 M = TypeVar("M", bound=nn.Module)
@@ -90,7 +91,7 @@ class AnimationPhase(Phase):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        return next(self.networks["pose_guider"].parameters()).device
 
     def train(self, mode: bool = True) -> AnimationPhase:
         """Batch norms of the motion encoder keep their statistics: those of one person's frames are others."""
@@ -111,16 +112,18 @@ class AnimationPhase(Phase):
         # Places in fp32: bfloat16 is off by a pixel.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             keypoints = self._keypoints(batch, images, draw)
-            shown = self._canvases(all_images, keypoints, dropped)
         all_latents = rearrange(latents, "(b f) c h w -> b f c h w", b=num_samples)
         part_boxes = torch.from_numpy(batch.boxes[:, 1:]).to(device)
         flat_boxes = rearrange(part_boxes, "b f k c -> (b f) k c")
         weights = region_weights(flat_boxes, self.model.size_px, latents.shape[-1], config.face_weight)
+        tokens = self._tokens(batch, all_images, keypoints, draw)
+        with torch.no_grad():
+            shown = self._canvases(all_images, keypoints, tokens, dropped)
         return Scene(
             images=all_images[:, 1:],
             latents=all_latents[:, 1:],
             portraits=all_latents[:, 0],
-            motion=self._motion(batch, all_images, keypoints, draw, dropped),
+            motion=tokens[:, 1:] * repeat((~dropped.motion).float().to(device), "b -> b 1 1 1"),
             pose=self._pose(shown, dropped),
             memories=self._memories(batch, all_latents[:, 0], draw, dropped, whole),
             weights=rearrange(weights, "(b f) 1 h w -> b f 1 h w", b=num_samples),
@@ -131,7 +134,7 @@ class AnimationPhase(Phase):
         """(b, 1 + f, K, 3) keypoints of the pictures, all with the reference's canonical ones."""
         num_samples, num_pictures = batch.pixels.shape[:2]
         if self.config.poses == "truth":
-            motions = noisy_motions(batch.motions, self.config.pose_noise, draw.numpy)
+            motions = noisy_motions(batch.motions, self.config, draw.numpy)
             canonical = repeat(batch.canonical, "b k c -> (b f) k c", f=num_pictures)
             flat = rearrange(motions, "b f c -> (b f) c")
             points = posed(torch.from_numpy(canonical), torch.from_numpy(flat)).to(self.device)
@@ -147,24 +150,23 @@ class AnimationPhase(Phase):
         degrees = torch.stack([degrees_from_logits(part) for part in (raw.pitch, raw.yaw, raw.roll)], -1)
         return transform(repeat(canonical, "b k c -> (b f) k c", f=num_pictures), degrees, raw.translation, raw.scale)
 
-    def _motion(self, batch: Batch, images: Tensor, keypoints: Tensor, draw: Draws, dropped: Dropped) -> Tensor:
+    def _tokens(self, batch: Batch, images: Tensor, keypoints: Tensor, draw: Draws) -> Tensor:
+        """(b, 1 + f, T, D) motion tokens of the pictures."""
         encoder = self.network("motion_encoder", MotionEncoder)
         if self.config.expressions == "truth":
-            expressions = torch.from_numpy(batch.motions[:, 1:, FIRST_EXPRESSION:]).to(self.device)
+            expressions = torch.from_numpy(batch.motions[..., FIRST_EXPRESSION:]).to(self.device)
             expressions = expressions + EXPRESSION_NOISE * draw.normal(expressions)
-            tokens = expression_tokens(expressions, encoder, self.model.motion_encoder)
-        else:
-            crops = self._crops(batch, images, keypoints, draw)
-            tokens = rearrange(encoder(crops).float(), "(b f) t d -> b f t d", b=len(images))
-        return tokens * repeat((~dropped.motion).float().to(self.device), "b -> b 1 1 1")
+            return expression_tokens(expressions, encoder, self.model.motion_encoder)
+        crops = self._crops(images, keypoints, draw)
+        return rearrange(encoder(crops).float(), "(b f) t d -> b f t d", b=len(images))
 
-    def _crops(self, batch: Batch, images: Tensor, keypoints: Tensor, draw: Draws) -> Tensor:
-        """(b · f, 3, crop_px, crop_px) face crops of the target frames, augmented; the middle where no face is."""
+    def _crops(self, images: Tensor, keypoints: Tensor, draw: Draws) -> Tensor:
+        """(b · (1 + f), 3, crop_px, crop_px) face crops of the pictures, augmented; the middle where no face is."""
         crop_px, size_px = self.model.motion_encoder.crop_px, self.model.size_px
-        flat = rearrange(keypoints[:, 1:], "b f k c -> (b f) k c")
+        flat = rearrange(keypoints, "b f k c -> (b f) k c")
         found = boxes(flat.float().cpu(), size_px, self.model.keypoints)
         middle = torch.tensor((size_px // 4, size_px // 4, size_px - size_px // 4, size_px - size_px // 4))
-        frames = rearrange(images[:, 1:], "b f c h w -> (b f) c h w")
+        frames = rearrange(images, "b f c h w -> (b f) c h w")
         crops = torch.cat(
             [
                 face_crop(frame, box if box_is_usable(box) else middle, crop_px)
@@ -177,12 +179,13 @@ class AnimationPhase(Phase):
         pixels = rearrange((crops + 1) * 127.5, "n c h w -> n h w c").round().to(torch.uint8).cpu().numpy()
         return signed(augment_frames(np.ascontiguousarray(pixels), draw.numpy, self.config.augment)).to(crops)
 
-    def _canvases(self, images: Tensor, keypoints: Tensor, dropped: Dropped) -> Tensor:
+    def _canvases(self, images: Tensor, keypoints: Tensor, tokens: Tensor, dropped: Dropped) -> Tensor:
         """(b, f, 3 or 9, s, s); a dropped portrait is black."""
-        shown, parts = self.model.pose_guider.shows_portrait, []
-        for pictures, points, gone in zip(images, keypoints, dropped.reference, strict=True):
-            portrait = (pictures[0] / 2 + 0.5) * (0.0 if gone else 1.0) if shown else None
-            parts.append(canvases(points[1:], portrait, points[0], self.model))
+        mover = self.network("pose_guider", PoseGuider).mover
+        parts = []
+        for pictures, points, told, gone in zip(images, keypoints, tokens, dropped.reference, strict=True):
+            shown = ShownPortrait((pictures[0] / 2 + 0.5) * (0.0 if gone else 1.0), points[0], told[0])
+            parts.append(canvases(points[1:], told[1:], shown, mover, self.model))
         return torch.stack(parts).to(self.device)
 
     def _pose(self, shown: Tensor, dropped: Dropped) -> Tensor:
@@ -240,15 +243,16 @@ def choose_trained(networks: nn.ModuleDict, config: AnimationConfig) -> None:
         parameter.requires_grad_(name.split(".")[0] in config.trained and chosen and not frozen)
 
 
-def noisy_motions(motions: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
-    """Motions (b, f, 14) as an extractor would see them: poses a little wrong, the scale alike for a whole sample."""
-    if deviation == 0:
-        return motions
+def noisy_motions(motions: np.ndarray, config: AnimationConfig, rng: np.random.Generator) -> np.ndarray:
+    """Motions (b, 1 + f, 14) as an extractor would see them: every pose a little wrong, the portrait's more so; and its
+    place and scale, from which those of all frames follow, alike for a whole sample."""
     noisy = motions.copy()
     num_samples, num_pictures = motions.shape[:2]
-    noisy[..., :3] += rng.normal(0, deviation, (num_samples, num_pictures, 3))
-    noisy[..., 3:5] += rng.normal(0, deviation * PLACE_NOISE, (num_samples, num_pictures, 2))
-    noisy[..., 5] *= 1 + rng.normal(0, SCALE_NOISE, (num_samples, 1))
+    noisy[..., :3] += rng.normal(0, config.pose_noise, (num_samples, num_pictures, 3))
+    noisy[..., 3:5] += rng.normal(0, config.pose_noise * PLACE_NOISE, (num_samples, num_pictures, 2))
+    noisy[:, 0, :3] += rng.normal(0, config.portrait_noise, (num_samples, 3))
+    noisy[..., 3:5] += rng.normal(0, config.portrait_noise * PLACE_NOISE, (num_samples, 1, 2))
+    noisy[..., 5] *= 1 + rng.normal(0, config.portrait_noise * SCALE_NOISE, (num_samples, 1))
     return noisy
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from stages.config import ModelConfig
 from stages.images import signed
 from stages.messages import Pixels
+from stages.networks.keypoint_extractor import KeypointExtractor
 from stages.networks.motion_encoder import MotionEncoder
 from stages.networks.pose_guider import PoseGuider
 from stages.networks.unet import DenoisingUNet
@@ -21,11 +22,12 @@ from training.critic import Critic
 from training.identity import sample_identity
 from training.motion import sample_motion
 from training.perceptual import load_perceptual
-from training.phases import animation, keypoints
+from training.phases import animation, keypoints, mover
 from training.phases.autoencoder import AutoencoderPhase, start_as_components
 from training.phases.distill import DistillPhase
 from training.phases.keypoints import KeypointsPhase, prime_bottleneck
 from training.phases.motion import MotionPhase
+from training.phases.mover import MoverPhase
 from training.phases.phase import Phase
 from training.phases.stream import StreamPhase
 from training.recipes import AnimationConfig, DistillConfig, Recipe
@@ -38,7 +40,8 @@ RIDGE = 1e-2
 
 def networks_of(phase: str) -> tuple[str, ...]:
     """Names of the networks that a phase needs, trained or not."""
-    return {"autoencoder": ("vae",), "keypoints": keypoints.NETWORKS}.get(phase, animation.NETWORKS)
+    own = {"autoencoder": ("vae",), "keypoints": keypoints.NETWORKS, "mover": mover.NETWORKS}
+    return own.get(phase, animation.NETWORKS)
 
 
 def build_phase(name: str, recipe: Recipe, networks: dict[str, nn.Module], device: torch.device) -> Phase:
@@ -50,6 +53,9 @@ def build_phase(name: str, recipe: Recipe, networks: dict[str, nn.Module], devic
         return AutoencoderPhase(model, recipe.autoencoder, networks)
     if name == "keypoints":
         return KeypointsPhase(model, recipe.keypoints, networks).to(device)
+    if name == "mover":
+        perceptual = load_perceptual(None, None) if recipe.mover.perceptual_weight else None
+        return MoverPhase(model, recipe.mover, networks, perceptual).to(device)
     guider, vae = networks["pose_guider"], networks["vae"]
     assert isinstance(guider, PoseGuider) and isinstance(vae, Vae)
     fit_base(guider, vae, model)
@@ -77,6 +83,15 @@ def _start_vae(network: nn.Module, model: ModelConfig) -> None:
     start_as_components(network, drawn_people(model.size_px))
 
 
+def _start_extractor(network: nn.Module, model: ModelConfig) -> None:
+    """Cells that are weighed one by one start as their mean."""
+    assert isinstance(network, KeypointExtractor)
+    if network.gather is not None:
+        weight = network.gather.weight.data
+        weight.copy_(torch.eye(len(weight))[:, :, None, None] / weight[0, 0].numel())
+        nn.init.zeros_(network.gather.get_parameter("bias"))
+
+
 def _start_motion_encoder(network: nn.Module, model: ModelConfig) -> None:
     assert isinstance(network, MotionEncoder)
     prime_bottleneck(network, model.motion_encoder)
@@ -99,11 +114,14 @@ def _start_guider(network: nn.Module, model: ModelConfig) -> None:
     assert isinstance(network, PoseGuider)
     if network.base is not None:
         nn.init.zeros_(network.base.weight)
+    if network.mover is not None:
+        nn.init.zeros_(network.mover.conv_out.weight)
+        nn.init.zeros_(network.mover.conv_out.get_parameter("bias"))
 
 
 STARTS: dict[str, Callable[[nn.Module, ModelConfig], None]] = {
     "vae": _start_vae, "motion_encoder": _start_motion_encoder, "denoising_unet": _start_denoiser,
-    "pose_guider": _start_guider,
+    "pose_guider": _start_guider, "keypoint_extractor": _start_extractor,
 }  # fmt: skip
 
 

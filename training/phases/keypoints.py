@@ -34,6 +34,8 @@ NETWORKS = ("keypoint_extractor", "motion_encoder")
 NOWHERE = (0.0, -3.0, 0.0)
 """Translation taught for pictures without a person: all keypoints far above the picture, so that the box is empty even
 where the scale, taught to be 0, is a little off."""
+MILD = 0.3
+"""Strength of the shift and turn of pictures that are not disturbed otherwise."""
 EXPRESSION_WEIGHTS = (1.2, 1.5, 1.3, 1.3, 1.0, 2.0, 1.0, 1.0)
 
 
@@ -61,7 +63,9 @@ class KeypointsPhase(Phase):
         extractor = self.networks["keypoint_extractor"]
         assert isinstance(extractor, KeypointExtractor)
         present = rng.random(len(pixels)) >= self.config.negative_share
-        images, poses = disturbed(pixels, motions[:, :6], present, self.model.keypoints.image_px, rng)
+        images, poses = disturbed(
+            pixels, motions[:, :6], present, self.config.mild_share, self.model.keypoints.image_px, rng
+        )
         device = next(extractor.parameters()).device
         raw = extractor(images.to(device))
         parts = (torch.from_numpy(part).to(device) for part in (canonical, poses, present))
@@ -103,18 +107,23 @@ class KeypointsPhase(Phase):
 
 
 def disturbed(
-    pixels: NDArray[np.uint8], poses: Floats, present: NDArray[np.bool_], image_px: int, rng: np.random.Generator
+    pixels: NDArray[np.uint8],
+    poses: Floats,
+    present: NDArray[np.bool_],
+    mild_share: float,
+    image_px: int,
+    rng: np.random.Generator,
 ) -> tuple[Tensor, Floats]:
-    """Pictures (n, 3, image_px, image_px) in [0, 1] as cameras see them, and their poses (n, 6); where nobody is
-    `present`, pictures without a person."""
+    """Pictures (n, 3, image_px, image_px) in [0, 1] as cameras see them, `mild_share` of them as they were drawn but
+    for a little shift and turn, and their poses (n, 6); where nobody is `present`, pictures without a person."""
     pictures, changed = [], []
     for frame, pose, is_person in zip(pixels, poses, present, strict=True):
-        moved_pose = pose.copy()
+        moved_pose, is_mild = pose.copy(), rng.random() < (mild_share if is_person else 0.5)
         if is_person:
-            picture, moved_pose = reframe(frame, moved_pose, image_px, rng)
+            picture, moved_pose = reframe(frame, moved_pose, image_px, rng, MILD if is_mild else 1.0)
         else:
             picture = empty_picture(image_px, rng)
-        pictures.append(degrade(picture, rng) if is_person or rng.random() < 0.5 else picture)
+        pictures.append(picture if is_mild else degrade(picture, rng))
         changed.append(moved_pose)
     return signed(np.stack(pictures)) / 2 + 0.5, np.stack(changed).astype(np.float32)
 

@@ -20,7 +20,7 @@ from training.phases.animation import (
     without_tokens,
 )
 from training.phases.phase import draws
-from training.recipes import smoke_model
+from training.recipes import AnimationConfig, smoke_model
 
 NOTHING_DROPPED = {"drop_reference": 0.0, "drop_pose": 0.0, "drop_motion": 0.0, "drop_reference_tokens": 0.0}
 
@@ -91,11 +91,23 @@ def test_temporal_modules_are_back_after_an_error():
 
 
 def test_noise_moves_poses_and_leaves_expressions(batch: Batch):
-    noisy = noisy_motions(batch.motions, 1.0, np.random.default_rng(0))
+    config = AnimationConfig(pose_noise=1.0, portrait_noise=1.0)
+    noisy = noisy_motions(batch.motions, config, np.random.default_rng(0))
     assert np.array_equal(noisy[..., 6:], batch.motions[..., 6:])
     assert 0.3 < np.abs(noisy - batch.motions)[..., :3].mean() < 3
     scales = noisy[..., 5] / batch.motions[..., 5]
     assert np.allclose(scales, scales[:, :1]) and not np.allclose(scales, 1)
+
+
+def test_a_portrait_that_is_misjudged_turns_alone_and_takes_all_frames_along(batch: Batch):
+    noisy = noisy_motions(batch.motions, AnimationConfig(portrait_noise=1.0), np.random.default_rng(0))
+    wrong = noisy - batch.motions
+    assert not wrong[:, 1:, :3].any() and (wrong[:, 0, :3] != 0).all()
+    assert np.allclose(wrong[:, :, 3:5], wrong[:, :1, 3:5]) and (wrong[:, :, 3:5] != 0).all()
+
+
+def test_without_noise_motions_stay_as_they_are(batch: Batch):
+    assert np.array_equal(noisy_motions(batch.motions, AnimationConfig(), np.random.default_rng(0)), batch.motions)
 
 
 def test_rounding_to_half_keeps_the_gradient():

@@ -24,7 +24,7 @@ def test_every_level_is_learned_from_and_only_the_last_call_has_gradients(build,
 
     phase.denoiser.forward = noted
     lasts = set()
-    for step in range(12):
+    for step in range(24):
         calls.clear()
         phase(batch, draws(0, 0, step, 0), step, 0, None)
         assert [level for level, _ in calls] == [999, 500, 0][: len(calls)]

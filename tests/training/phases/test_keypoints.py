@@ -43,7 +43,8 @@ def test_the_taught_absence_of_a_person_is_an_unusable_box(config: ModelConfig):
 
 def test_pictures_without_a_person_are_among_the_disturbed_ones(batch: Batch):
     present = np.array([True, False, True])
-    images, poses = disturbed(batch.pixels[0, :3], batch.motions[0, :3, :6], present, 32, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    images, poses = disturbed(batch.pixels[0, :3], batch.motions[0, :3, :6], present, 0.5, 32, rng)
     assert images.shape == (3, 3, 32, 32) and 0 <= images.min() <= images.max() <= 1
     assert np.array_equal(poses[1], batch.motions[0, 1, :6]) and not np.array_equal(poses[0], batch.motions[0, 0, :6])
 

@@ -1,0 +1,91 @@
+"""The network that moves the portrait: what it starts as, and what its answers mean in the picture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stages.config import HeadConfig
+from stages.moved import moved, shifts
+from stages.networks.mover import FIRST_SHARES, NUM_SAID, SPLIT, composed, meant
+
+SIDE = 48
+
+
+def some(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def said(**parts: torch.Tensor) -> torch.Tensor:
+    """(1, NUM_SAID, 12, 12): zero but for the given parts."""
+    names = ("head", "beside", "paint", "shares")
+    return torch.cat(
+        [
+            torch.ones(1, size, 12, 12) * parts.get(name, torch.zeros(1)).reshape(1, -1, 1, 1)
+            for name, size in zip(names, SPLIT, strict=True)
+        ],
+        1,
+    )
+
+
+@torch.no_grad()
+def test_a_mover_that_says_nothing_shows_nearly_the_turned_head(moving_stages):
+    config, mover = moving_stages.config, moving_stages.denoise.pose_guider.mover
+    portrait, start, end = torch.rand(3, SIDE, SIDE), some(1, 9, 3), some(2, 2, 9, 3)
+    guess = shifts(start, end, SIDE // config.pose_guider.head.grid_px, config.pose_guider.head)
+    ours = composed(portrait, meant(guess, torch.zeros(2, NUM_SAID, 12, 12)))
+    turned = moved(portrait, start, end, config.pose_guider.head)
+    assert (ours - turned).abs().mean() < 0.02
+    assert torch.tensor(FIRST_SHARES).softmax(0)[0] > 0.97
+    own, tokens = some(3, 5, 6), some(4, 2, 5, 6)
+    assert mover(torch.rand(2, 3, SIDE, SIDE), portrait, start, end, own, tokens).shape == ours.shape
+
+
+def test_said_shifts_move_what_is_looked_up():
+    portrait, guess = torch.rand(3, SIDE, SIDE), torch.zeros(1, 12, 12, 2)
+    cell = 2 / SIDE
+    shifted = said(head=torch.tensor([4 * cell, 0.0]).atanh(), shares=torch.tensor([30.0, 0.0, 0.0]))
+    [ours] = composed(portrait, meant(guess, shifted))
+    torch.testing.assert_close(ours[:, :, :-4], portrait[:, :, 4:], rtol=0, atol=1e-4)
+
+
+def test_what_lies_beside_the_head_has_shifts_of_its_own():
+    portrait, guess = torch.rand(3, SIDE, SIDE), torch.full((1, 12, 12, 2), 0.3)
+    [still] = composed(portrait, meant(guess, said(shares=torch.tensor([0.0, 30.0, 0.0]))))
+    torch.testing.assert_close(still, portrait, rtol=0, atol=1e-4)
+    shifted = said(beside=torch.tensor([0.0, 2 * 2 / SIDE]).atanh(), shares=torch.tensor([0.0, 30.0, 0.0]))
+    [lower] = composed(portrait, meant(guess, shifted))
+    torch.testing.assert_close(lower[:, :-2], portrait[:, 2:], rtol=0, atol=1e-4)
+
+
+def test_paint_covers_everything_where_it_has_all_the_share():
+    covering = said(paint=torch.tensor([9.0, 0.0, -9.0]), shares=torch.tensor([0.0, 0.0, 40.0]))
+    [ours] = composed(torch.rand(3, SIDE, SIDE), meant(torch.zeros(1, 12, 12, 2), covering))
+    torch.testing.assert_close(ours[:, 5, 5], torch.tensor([1.0, 0.5, 0.0]), rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_motion_tokens_change_the_picture_and_frames_do_not_see_each_other(moving_stages):
+    mover = moving_stages.denoise.pose_guider.mover
+    drawn, portrait = torch.rand(2, 3, SIDE, SIDE), torch.rand(3, SIDE, SIDE)
+    start, end, own, tokens = some(1, 9, 3), some(2, 2, 9, 3), some(3, 5, 6), some(4, 2, 5, 6)
+    both = mover(drawn, portrait, start, end, own, tokens)
+    alone = mover(drawn[1:], portrait, start, end[1:], own, tokens[1:])
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-5)
+    assert (mover(drawn, portrait, start, end, own, tokens + 1) - both).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@torch.no_grad()
+def test_senseless_keypoints_give_a_picture(moving_stages, value):
+    mover = moving_stages.denoise.pose_guider.mover
+    end = torch.full((1, 9, 3), value)
+    drawn, own, tokens = torch.rand(1, 3, SIDE, SIDE), some(3, 5, 6), some(4, 1, 5, 6)
+    picture = mover(drawn, torch.rand(3, SIDE, SIDE), some(1, 9, 3), end, own, tokens)
+    assert picture.isfinite().all() and picture.min() >= 0 and picture.max() <= 1
+
+
+def test_the_head_of_a_config_is_the_one_that_turns():
+    start, end = some(1, 9, 3), some(2, 1, 9, 3)
+    near, far = (shifts(start, end, 12, HeadConfig(margin=margin)) for margin in (0.1, 0.9))
+    assert not torch.equal(near, far)

@@ -1,0 +1,60 @@
+"""Where things in drawn pictures are from, held against the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+
+from training.identity import sample_identity
+from training.motion import Motion, sample_motion, sample_portrait_motion
+from training.places import BACKDROP, BODY, HEAD, sources
+from training.world import render
+
+SIDE = 48
+
+
+def turned(seed: int) -> tuple[Motion, Motion]:
+    """A portrait's motion and another one that keeps its expression."""
+    rng = np.random.default_rng(seed)
+    portrait, other = sample_portrait_motion(rng), sample_motion(rng, 0.6)
+    pose = {name: getattr(other, name) for name in ("pitch", "yaw", "roll")}
+    return portrait, dataclasses.replace(portrait, x=portrait.x + 0.05, **pose)
+
+
+def looked_up(picture: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    line = np.arange(SIDE, dtype=np.float32)
+    from_x, from_y = (
+        (cells + shifts[..., axis] * SIDE / 2).astype(np.float32) for axis, cells in enumerate(np.meshgrid(line, line))
+    )
+    return cv2.remap(picture, from_x, from_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def test_what_is_looked_up_there_is_nearly_the_picture():
+    errors, errors_unmoved = [], []
+    for seed in range(6):
+        portrait, motion = turned(seed)
+        person = sample_identity(600 + seed)
+        shifts, kinds = sources(person, portrait, motion, SIDE)
+        before, after = (render(person, one, SIDE, 2.0).astype(np.float32) for one in (portrait, motion))
+        inside = cv2.erode((kinds == HEAD).astype(np.uint8), np.ones((5, 5))) > 0
+        errors.append(np.abs(looked_up(before, shifts) - after)[inside].mean())
+        errors_unmoved.append(np.abs(before - after)[inside].mean())
+    assert np.mean(errors) < 0.6 * np.mean(errors_unmoved)
+
+
+def test_nothing_moves_between_a_portrait_and_itself():
+    portrait, _ = turned(1)
+    shifts, kinds = sources(sample_identity(601), portrait, portrait, SIDE)
+    assert np.abs(shifts).max() < 1e-5
+    assert {BACKDROP, BODY, HEAD} <= set(kinds.ravel().tolist())
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_backdrop_stays_and_the_body_moves_as_one(seed: int):
+    portrait, motion = turned(seed)
+    shifts, kinds = sources(sample_identity(600 + seed), portrait, motion, SIDE)
+    assert not shifts[kinds == BACKDROP].any()
+    assert np.abs(shifts[kinds == BODY].std(0)).max() < 1e-6 < np.abs(shifts[kinds == BODY].mean(0)).max()

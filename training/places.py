@@ -1,0 +1,72 @@
+"""Where everything in a drawn picture is from: the exact answer to what `stages.networks.mover` has to say.
+
+Called by phase `mover`. Pictures are seen in g x g cells; places are [-1, 1] across the picture, x right, y down.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training import hair
+from training.identity import Identity
+from training.motion import Motion
+from training.solids import Surface, rotation
+from training.world import VIEWER, Scene, body_solids, head_solids, make_scene, neck
+
+BACKDROP, BODY, NECK, HEAD = range(4)
+"""What a cell shows. A neck follows both its ends, so nobody says where it is from."""
+Map = NDArray[Any]
+
+
+def sources(identity: Identity, portrait: Motion, motion: Motion, side: int) -> tuple[Map, Map]:
+    """How far from each cell of the picture with `motion` lies the place in the portrait that it shows, (g, g, 2), and
+    what it shows, (g, g) of the constants above. Places of the head are those of its surface, also where the portrait
+    does not see them; expressions are not looked at."""
+    scene = make_scene(identity, motion, side)
+    kinds, local = _seen(scene)
+    line = (np.arange(side, dtype=np.float32) + 0.5) * 2 / side - 1
+    cells = np.stack(np.meshgrid(line, line), -1)
+    turn = rotation(portrait.pitch, portrait.yaw, portrait.roll).astype(np.float32)
+    head = (local @ turn.T)[..., :2] * portrait.scale + np.array((portrait.x, portrait.y), np.float32) - cells
+    body = _foot(portrait, make_scene(identity, portrait, 1)) - _foot(motion, scene)
+    shift = np.where((kinds == HEAD)[..., None], head, 0) + np.where((kinds == BODY)[..., None], body, 0)
+    return shift.astype(np.float32), kinds
+
+
+def _foot(motion: Motion, scene: Scene) -> Map:
+    """(2,) where the body begins."""
+    return np.array((motion.x, motion.y)) + motion.scale * scene.torso
+
+
+def _seen(scene: Scene) -> tuple[Map, Map]:
+    """Kinds (g, g) and, where a head is seen, places in its own coordinates (g, g, 3)."""
+    identity = scene.identity
+    kinds = np.full((scene.size, scene.size), BACKDROP)
+    local = np.zeros((scene.size, scene.size, 3), np.float32)
+    front, back = hair.hair_solids(identity)
+
+    def lay(surface: Surface, cover: Map, kind: int) -> None:
+        shown = cover > 0.5
+        kinds[shown] = kind
+        if kind == HEAD:
+            local[shown] = scene.local(surface)[shown]
+
+    if back:
+        behind = scene.see(back, scene.turn, 0.05)
+        lay(behind, behind.coverage, HEAD)
+    for solids, kind in (([neck(scene)], NECK), (body_solids(identity, *scene.torso), BODY)):
+        seen = scene.see(solids, VIEWER, 0.12)
+        lay(seen, seen.coverage, kind)
+    head = scene.see(head_solids(identity, scene.motion), scene.turn, 0.075)
+    lay(head, head.coverage, HEAD)
+    if front:
+        over = scene.see(front, scene.turn, 0.08)
+        above = np.where(head.coverage > 0.02, over.height > head.height, True)
+        places = scene.local(over)
+        # Strands only fray its edges, by less than a cell.
+        cover = hair.hair_cover(identity, places, over, np.full_like(over.height, 0.5), scene.pixel)
+        lay(over, cover * above, HEAD)
+    return kinds, local
