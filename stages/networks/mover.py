@@ -84,9 +84,10 @@ class Mover(nn.Module):
     def _said(self, seen: Tensor, guess: Tensor, known: Tensor) -> Tensor:
         """(n, NUM_SAID, g, g) in fp32, g the grid of `guess` (n, g, g, 2)."""
         dtype = self.conv_in.weight.dtype
-        picture = torch.cat([fold(seen, self.head.grid_px), rearrange(guess, "n h w c -> n c h w")], 1)
+        shift = rearrange(guess, "n h w c -> n c h w")
+        picture = torch.cat([fold(seen.to(dtype), self.head.grid_px), shift.to(dtype)], 1)
         known = self.known(known.to(dtype))
-        fine = self.down(F.silu(self.conv_in(picture.to(dtype))), known)
+        fine = self.down(F.silu(self.conv_in(picture)), known)
         coarse = self.halve(fine)
         for block in self.middle:
             coarse = block(coarse, known)
