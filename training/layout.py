@@ -146,6 +146,6 @@ def read_truth(folder: Path, name: str) -> Truth | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             motions, canonical = (np.asarray(stored[name], np.float32) for name in ("motions", "canonical"))
-            return Truth(motions, canonical, int(stored["person"]))
+            return Truth(motions, canonical, int(stored["person"]) if "person" in stored else -1)
     except (OSError, ValueError, KeyError) as error:
         raise BadData(f"{path} does not hold a drawn clip's truth: {error}") from error

@@ -138,6 +138,7 @@ def head_solids(identity: Identity, motion: Motion) -> list[Ellipsoid]:
 
 
 def make_scene(identity: Identity, motion: Motion, size: int) -> Scene:
+    """The geometry of a picture of size x size pixels."""
     place = ((np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1) / motion.scale
     x, y = motion.x / motion.scale, motion.y / motion.scale
     torso = np.array((-0.45 * x - 0.006 * motion.roll, 1.13 - 0.35 * y))
@@ -223,6 +224,7 @@ def neck(scene: Scene) -> Ellipsoid:
 
 
 def body_solids(identity: Identity, tx: float, ty: float) -> list[Ellipsoid]:
+    """Shoulders, chest and hood below the foot of the neck, which lies at (tx, ty)."""
     wide = identity.shoulders
     solids = [
         Ellipsoid((tx, ty + 1.35, 0.4), (wide * 0.82, 1.2, 0.65)),

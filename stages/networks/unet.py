@@ -205,13 +205,9 @@ class TemporalModule(nn.Module):
         self.temporal_transformer = SideTransformer(dim, dim, config.num_temporal_heads, config.num_norm_groups)
         self.register_buffer("positions", temporal_positions(config.max_positions, dim), persistent=False)
         self.chunk_causal = config.chunk_causal
-        self.is_idle = False
-        """Set by `rest_idle_modules`."""
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         """x (sessions · num_frames, C, h, w) to the same shape."""
-        if self.is_idle:
-            return x
         outer = self.temporal_transformer
         inner = outer.transformer_blocks[0]
         tokens = outer.proj_in(to_tokens(outer.norm(x)))
@@ -225,14 +221,26 @@ class TemporalModule(nn.Module):
         return x + to_image(outer.proj_out(tokens), x)
 
 
+class Skip(nn.Module):
+    """Stands in for a temporal module and does nothing."""
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        return x
+
+
 def rest_idle_modules(denoiser: DenoisingUNet) -> int:
-    """Spares temporal modules the work whose last layer makes nothing of it, as in a model that phase `stream` has not
-    trained: a quarter of a small model's call. Not for training. Returns how many those are."""
-    temporal = [module for module in denoiser.modules() if isinstance(module, TemporalModule)]
-    for module in temporal:
-        last = module.temporal_transformer.proj_out
-        module.is_idle = not (last.weight.any() or last.bias.any())
-    return sum(module.is_idle for module in temporal)
+    """Takes out temporal modules whose last layer makes nothing of their work, as in a model that phase `stream` has
+    not trained: a quarter of a small model's call. Not for training. Returns how many those were."""
+    num_idle = 0
+    for block in (*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks):
+        for index, module in enumerate(block.temporal_modules):
+            if isinstance(module, Skip):
+                continue
+            last = module.temporal_transformer.proj_out
+            if not (last.weight.any() or last.bias.any()):
+                block.temporal_modules[index] = Skip()
+                num_idle += 1
+    return num_idle
 
 
 def chunk_causal_mask(num_frames: int, chunk_frames: int, device: torch.device | str = "cpu") -> Tensor:
@@ -294,7 +302,7 @@ class Block(nn.Module):
             [ReferenceAttention(plan.channels, config) for _ in layers if plan.attends]
         )
         self.motion_modules: Layers[MotionModule] = Layers()
-        self.temporal_modules: Layers[TemporalModule] = Layers()
+        self.temporal_modules: Layers[TemporalModule | Skip] = Layers()
         if token_dim is not None:
             self.motion_modules.extend([MotionModule(plan.channels, config, token_dim) for _ in layers])
             self.temporal_modules.extend([TemporalModule(plan.channels, config) for _ in layers])
@@ -313,7 +321,7 @@ class MidBlock(nn.Module):
         )
         self.attentions: Layers[ReferenceAttention | LastFeatures] = Layers([ReferenceAttention(channels, config)])
         self.motion_modules: Layers[MotionModule] = Layers()
-        self.temporal_modules: Layers[TemporalModule] = Layers()
+        self.temporal_modules: Layers[TemporalModule | Skip] = Layers()
         if token_dim is not None:
             self.motion_modules.extend([MotionModule(channels, config, token_dim)])
             self.temporal_modules.extend([TemporalModule(channels, config)])

@@ -60,6 +60,15 @@ def test_boxes_and_truth_come_back(tmp_path: Path):
     assert found.person == 17
 
 
+def test_truth_that_does_not_name_its_person_is_still_read(tmp_path: Path):
+    write_truth(tmp_path, "one", Truth(np.zeros((3, 14), np.float32), np.zeros((21, 3), np.float32), 17))
+    with np.load(truth_path(tmp_path, "one")) as stored:
+        older = {name: stored[name] for name in ("motions", "canonical")}
+    np.savez(truth_path(tmp_path, "one"), **older)
+    found = read_truth(tmp_path, "one")
+    assert found is not None and found.person == -1
+
+
 def test_a_filmed_clip_has_no_truth(tmp_path: Path):
     assert read_truth(tmp_path, "filmed") is None
 

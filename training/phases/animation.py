@@ -26,6 +26,7 @@ from stages.networks.unet import (
     LayerMemory,
     Memory,
     ReferenceUNet,
+    Skip,
     attention_names,
     project_memory,
 )
@@ -151,17 +152,20 @@ class AnimationPhase(Phase):
         return transform(repeat(canonical, "b k c -> (b f) k c", f=num_pictures), degrees, raw.translation, raw.scale)
 
     def _tokens(self, batch: Batch, images: Tensor, keypoints: Tensor, draw: Draws) -> Tensor:
-        """(b, 1 + f, T, D) motion tokens of the pictures."""
+        """(b, 1 + f, T, D) motion tokens of the pictures; zeros for the portrait where the encoder would have to read
+        them and no mover asks for them."""
         encoder = self.network("motion_encoder", MotionEncoder)
         if self.config.expressions == "truth":
             expressions = torch.from_numpy(batch.motions[..., FIRST_EXPRESSION:]).to(self.device)
             expressions = expressions + EXPRESSION_NOISE * draw.normal(expressions)
             return expression_tokens(expressions, encoder, self.model.motion_encoder)
-        crops = self._crops(images, keypoints, draw)
-        return rearrange(encoder(crops).float(), "(b f) t d -> b f t d", b=len(images))
+        first = 0 if self.model.pose_guider.mover_channels else 1
+        crops = self._crops(images[:, first:], keypoints[:, first:], draw)
+        tokens = rearrange(encoder(crops).float(), "(b f) t d -> b f t d", b=len(images))
+        return F.pad(tokens, (0, 0, 0, 0, first, 0))
 
     def _crops(self, images: Tensor, keypoints: Tensor, draw: Draws) -> Tensor:
-        """(b · (1 + f), 3, crop_px, crop_px) face crops of the pictures, augmented; the middle where no face is."""
+        """(b · f, 3, crop_px, crop_px) augmented face crops of pictures (b, f, 3, s, s); the middle where no face is."""
         crop_px, size_px = self.model.motion_encoder.crop_px, self.model.size_px
         flat = rearrange(keypoints, "b f k c -> (b f) k c")
         found = boxes(flat.float().cpu(), size_px, self.model.keypoints)
@@ -271,13 +275,6 @@ def hidden(layer: Tensor, share: float, draw: Draws) -> Tensor:
 def without_tokens(memory: Memory) -> Memory:
     """No portrait at all: nothing to attend to, and no image token."""
     return tuple(LayerMemory(m.keys[:, :0], m.values[:, :0], torch.zeros_like(m.constant)) for m in memory)
-
-
-class Skip(nn.Module):
-    """Stands in for a temporal module and does nothing."""
-
-    def forward(self, x: Tensor, num_frames: int) -> Tensor:
-        return x
 
 
 @contextmanager

@@ -95,16 +95,21 @@ def place_loss(said: list[Said], batch: Batch, images: Tensor) -> tuple[Tensor, 
     shift, kinds, shown_by = (torch.from_numpy(part).to(images.device) for part in stacked)
     head, beside = (torch.cat([getattr(one, name) for one in said]) for name in ("head", "beside"))
     paint, shares = (torch.cat([getattr(one, name) for one in said]) for name in ("paint", "shares"))
-    in_cells = side / 2
-    head_error = F.smooth_l1_loss(head * in_cells, shift * in_cells, reduction="none").sum(-1)[kinds == HEAD].mean()
-    still = shown_by == BESIDE
-    beside_error = F.smooth_l1_loss(beside * in_cells, shift * in_cells, reduction="none").sum(-1)[still].mean()
+    head_error = cells_off(head, shift, kinds == HEAD)
+    beside_error = cells_off(beside, shift, shown_by == BESIDE)
     share_error = F.cross_entropy(shares, shown_by, ignore_index=UNKNOWN)
     colours = F.adaptive_avg_pool2d(rearrange(images[:, 1:], "b f c h w -> (b f) c h w"), side)
     paint_error = F.l1_loss(paint, colours)
     metrics = {"head_cells": head_error, "beside_cells": beside_error, "shares": share_error, "paint": paint_error}
     loss = head_error + beside_error + 0.3 * share_error + paint_error
     return loss, {name: error.detach() for name, error in metrics.items()}
+
+
+def cells_off(said: Tensor, true: Tensor, known: Tensor) -> Tensor:
+    """Mean (Huber) distance in cells of places (n, g, g, 2) where they are `known` (n, g, g); 0 where none is."""
+    in_cells = known.shape[-1] / 2
+    error = F.smooth_l1_loss(said * in_cells, true * in_cells, reduction="none").sum(-1)
+    return (error * known).sum() / known.sum().clamp(min=1)
 
 
 def true_places(batch: Batch, index: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from stages.networks.mover import Said
 from training.clips import Batch
 from training.handover import load_networks
 from training.phases.build import build_phase, networks_of
-from training.phases.mover import AT_HEAD, BESIDE, PAINTED, UNKNOWN, place_loss, true_places
+from training.phases.mover import AT_HEAD, BESIDE, PAINTED, UNKNOWN, cells_off, place_loss, true_places
 from training.phases.phase import draws
 from training.places import HEAD
 from training.recipes import changed, smoke
@@ -51,6 +51,11 @@ def test_perfect_places_cost_nothing(batch: Batch):
         said.append(Said(shifts, shifts, torch.zeros(5, 3, 16, 16), shares))
     _, errors = place_loss(said, batch, torch.zeros(2, 6, 3, 64, 64))
     assert all(float(error) < 1e-6 for error in errors.values())
+
+
+def test_places_of_which_none_is_known_cost_nothing():
+    places = torch.ones(1, 4, 4, 2)
+    assert float(cells_off(places, -places, torch.zeros(1, 4, 4, dtype=torch.bool))) == 0
 
 
 def test_filmed_clips_are_learned_from_their_pictures_alone(build, batch: Batch):
