@@ -165,7 +165,7 @@ class AnimationPhase(Phase):
         return F.pad(tokens, (0, 0, 0, 0, first, 0))
 
     def _crops(self, images: Tensor, keypoints: Tensor, draw: Draws) -> Tensor:
-        """(b · f, 3, crop_px, crop_px) augmented face crops of pictures (b, f, 3, s, s); the middle where no face is."""
+        """(b · f, 3, crop_px, crop_px) augmented face crops of pictures (b, f, 3, s, s); the middle if no face is."""
         crop_px, size_px = self.model.motion_encoder.crop_px, self.model.size_px
         flat = rearrange(keypoints, "b f k c -> (b f) k c")
         found = boxes(flat.float().cpu(), size_px, self.model.keypoints)
