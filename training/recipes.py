@@ -302,7 +302,7 @@ def _quick(learning_rate: float, ema_decay: float = 0.0) -> OptimiserConfig:
 
 
 def tiny() -> Recipe:
-    """The bundled model, from nothing, on drawn people: some five hours of one processor core in all."""
+    """The bundled model, from nothing, on drawn people: some six hours of one processor core in all."""
     poses, run = Sampling(num_frames=7, kind="spread"), Sampling(num_frames=28, kind="run")
     # No guidance at inference, so nothing is dropped; true poses and expressions stand in for extractors that are
     # trained beside this, disturbed by as much as those are wrong.
