@@ -31,9 +31,13 @@ def moved(portrait: Tensor, start: Tensor, end: Tensor, head: HeadConfig) -> Ten
 
 def looked_up(portrait: Tensor, coarse: Tensor) -> Tensor:
     """(n, 3, s, s): what a portrait (3, s, s) has as far away as `coarse` (n, g, g, 2) says, [-1, 1] across."""
-    side = portrait.shape[-1]
-    grid = cells(side, portrait) + rearrange(grown(rearrange(coarse, "n h w c -> n c h w"), side), "n c h w -> n h w c")
-    pictures = portrait[None].expand(len(coarse), -1, -1, -1)
+    return looked_up_at(portrait, grown(rearrange(coarse, "n h w c -> n c h w"), portrait.shape[-1]))
+
+
+def looked_up_at(portrait: Tensor, shift: Tensor) -> Tensor:
+    """The same with a shift (n, 2, s, s) for every pixel."""
+    grid = cells(portrait.shape[-1], portrait) + rearrange(shift, "n c h w -> n h w c")
+    pictures = portrait[None].expand(len(shift), -1, -1, -1)
     return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -51,6 +51,58 @@ def eye_centres(identity: Identity) -> NDArray[np.float64]:
     return np.array(((-identity.eye_spacing, identity.eye_y), (identity.eye_spacing, identity.eye_y)))
 
 
+def mouth_lines(identity: Identity, motion: Motion, x: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Heights of the four lip lines, from top to bottom, at places `x` of -1 to 1 across the mouth."""
+    shape, arch = mouth_shape(identity, motion), 1 - x * x
+    bow = 0.18 * identity.lip * np.exp(-((x / 0.16) ** 2))
+    return [
+        shape.corner_y + (shape.upper_out - shape.corner_y) * arch**0.8 + bow,
+        shape.corner_y + (shape.upper_in - shape.corner_y) * arch,
+        shape.corner_y + (shape.lower_in - shape.corner_y) * arch,
+        shape.corner_y + (shape.lower_out - shape.corner_y) * arch**0.75,
+    ]
+
+
+def eye_lines(identity: Identity, motion: Motion, side: int, x: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Heights of the lid's crease, the upper and the lower rim, at places `x` of -1 to 1 across the eye."""
+    upper, lower = (rim + identity.eye_y for rim in _lids(identity, motion, side, x))
+    return [_crease(identity, upper, eye_height(identity, motion)), upper, lower]
+
+
+def eye_height(identity: Identity, motion: Motion) -> float:
+    """From the middle of an eye that is not blinking to its upper rim."""
+    return identity.eye_size * identity.eye_open * (1 + 0.16 * max(motion.brow, 0))
+
+
+def gaze_at(identity: Identity, motion: Motion) -> NDArray[np.float64]:
+    """(2,) from the middle of an eye to the middle of its iris."""
+    tall = eye_height(identity, motion)
+    return np.array((0.5 * identity.eye_size * motion.gaze_x, -0.06 * tall + 0.5 * tall * motion.gaze_y))
+
+
+def brow_lift(motion: Motion) -> float:
+    """How much higher the brows are than at rest."""
+    return 0.085 * motion.brow * (1.0 if motion.brow > 0 else 0.75)
+
+
+def _lids(
+    identity: Identity, motion: Motion, side: int, x: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Heights of the upper and the lower rim, from the middle of the eye."""
+    closed = motion.blink_left if side < 0 else motion.blink_right
+    half, tall = identity.eye_size, eye_height(identity, motion)
+    squint = 0.3 * max(motion.smile, 0)
+    arch = (1 - x * x) ** 0.75
+    tilt = -identity.eye_tilt * half * x * side
+    upper = -tall * arch * (1 - 1.28 * closed) + tilt
+    lower = tall * arch * (0.62 - 0.34 * squint) + tilt
+    return np.minimum(upper, lower), lower
+
+
+def _crease(identity: Identity, rim: NDArray[np.float64], tall: float) -> NDArray[np.float64]:
+    return np.asarray(np.minimum(rim - 0.028, rim * 0.35 + 0.65 * (identity.eye_y - tall) - 0.02))
+
+
 def paint_face(identity: Identity, motion: Motion, size: int) -> NDArray[np.uint8]:
     """(size, size, 4) straight-alpha RGBA over the square from (LEFT, TOP) of side SPAN."""
     canvas = _Canvas(size)
@@ -130,14 +182,7 @@ def _paint_nose(canvas: _Canvas, identity: Identity) -> None:
 def _paint_mouth(canvas: _Canvas, identity: Identity, motion: Motion) -> None:
     shape = mouth_shape(identity, motion)
     x = np.linspace(-1, 1, 25)
-    arch = 1 - x * x
-    bow = 0.18 * identity.lip * np.exp(-((x / 0.16) ** 2))
-    lines = [
-        shape.corner_y + (shape.upper_out - shape.corner_y) * arch**0.8 + bow,
-        shape.corner_y + (shape.upper_in - shape.corner_y) * arch,
-        shape.corner_y + (shape.lower_in - shape.corner_y) * arch,
-        shape.corner_y + (shape.lower_out - shape.corner_y) * arch**0.75,
-    ]
+    lines = mouth_lines(identity, motion, x)
     upper_out, upper_in, lower_in, lower_out = (np.stack((x * shape.half_width, y), 1) for y in lines)
     lip = np.array(identity.lip_colour)
     canvas.glow(0, shape.lower_out + 0.06, 0.15, 0.035, np.array(identity.skin) * (0.78, 0.68, 0.66), 0.6)
@@ -163,14 +208,9 @@ def _paint_inside(canvas: _Canvas, inner: NDArray[np.float64], shape: MouthShape
 def _paint_eye(canvas: _Canvas, identity: Identity, motion: Motion, side: int) -> None:
     closed = motion.blink_left if side < 0 else motion.blink_right
     half = identity.eye_size
-    tall = half * identity.eye_open * (1 + 0.16 * max(motion.brow, 0))
-    squint = 0.3 * max(motion.smile, 0)
+    tall = eye_height(identity, motion)
     x = np.linspace(-1, 1, 21)
-    arch = (1 - x * x) ** 0.75
-    tilt = -identity.eye_tilt * half * x * side
-    upper = -tall * arch * (1 - 1.28 * closed) + tilt
-    lower = tall * arch * (0.62 - 0.34 * squint) + tilt
-    upper = np.minimum(upper, lower)
+    upper, lower = _lids(identity, motion, side, x)
     centre = np.array((side * identity.eye_spacing, identity.eye_y))
     rim_up, rim_low = (np.stack((x * half, y), 1) + centre for y in (upper, lower))
     _paint_lid(canvas, identity, rim_up, tall, closed)
@@ -184,7 +224,7 @@ def _paint_eye(canvas: _Canvas, identity: Identity, motion: Motion, side: int) -
 
 def _paint_lid(canvas: _Canvas, identity: Identity, rim: NDArray[np.float64], tall: float, closed: float) -> None:
     crease = rim.copy()
-    crease[:, 1] = np.minimum(rim[:, 1] - 0.028, rim[:, 1] * 0.35 + 0.65 * (identity.eye_y - tall) - 0.02)
+    crease[:, 1] = _crease(identity, rim[:, 1], tall)
     lid = np.array(identity.skin) * (0.86, 0.78, 0.77)
     canvas.fill(np.concatenate((crease, rim[::-1])), lid, 0.55 + 0.4 * closed)
     canvas.fill(
@@ -202,8 +242,7 @@ def _paint_ball(
     tall: float,
 ) -> None:
     canvas.paint(opening, (0.95, 0.94, 0.93))
-    x = centre[0] + 0.5 * half * motion.gaze_x
-    y = centre[1] - 0.06 * tall + 0.5 * tall * motion.gaze_y
+    x, y = centre + gaze_at(identity, motion)
     radius = 0.56 * half
     discs = (
         (radius, np.array(identity.iris) * 0.45),
@@ -224,7 +263,7 @@ def _paint_ball(
 
 def _paint_brow(canvas: _Canvas, identity: Identity, motion: Motion, side: int) -> None:
     x = np.linspace(0, 1, 15)
-    raised = 0.085 * motion.brow * (1.0 if motion.brow > 0 else 0.75)
+    raised = brow_lift(motion)
     inner_drop = 0.05 * max(-motion.brow, 0)
     y = (
         identity.brow_y

@@ -14,19 +14,21 @@ from training import hair
 from training.identity import Identity
 from training.motion import Motion
 from training.solids import Surface, rotation
+from training.unexpressed import unexpressed
 from training.world import VIEWER, Scene, body_solids, head_solids, make_scene, neck
 
-BACKDROP, BODY, NECK, HEAD = range(4)
-"""What a cell shows. A neck follows both its ends, so nobody says where it is from."""
+BACKDROP, BODY, NECK, HEAD, INSIDE = range(5)
+"""What a cell shows. A neck follows both its ends, so nobody says where it is from; INSIDE a mouth or an eye is what
+the portrait's expression hides."""
 Map = NDArray[Any]
 
 
 def sources(identity: Identity, portrait: Motion, motion: Motion, side: int) -> tuple[Map, Map]:
     """How far from each cell of the picture with `motion` lies the place in the portrait that it shows, (g, g, 2), and
-    what it shows, (g, g) of the constants above. Places of the head are those of its surface, also where the portrait
-    does not see them; expressions are not looked at."""
+    what it shows, (g, g) of the constants above. Places of the head are those of its surface, also where it has turned
+    them out of the portrait's sight."""
     scene = make_scene(identity, motion, side)
-    kinds, local = _seen(scene)
+    kinds, local = _seen(scene, portrait)
     line = (np.arange(side, dtype=np.float32) + 0.5) * 2 / side - 1
     cells = np.stack(np.meshgrid(line, line), -1)
     turn = rotation(portrait.pitch, portrait.yaw, portrait.roll).astype(np.float32)
@@ -41,8 +43,8 @@ def _foot(motion: Motion, scene: Scene) -> Map:
     return np.array((motion.x, motion.y)) + motion.scale * scene.torso
 
 
-def _seen(scene: Scene) -> tuple[Map, Map]:
-    """Kinds (g, g) and, where a head is seen, places in its own coordinates (g, g, 3)."""
+def _seen(scene: Scene, portrait: Motion) -> tuple[Map, Map]:
+    """Kinds (g, g) and, where a head is seen, places in its own coordinates (g, g, 3) as the portrait has them."""
     identity = scene.identity
     kinds = np.full((scene.size, scene.size), BACKDROP)
     local = np.zeros((scene.size, scene.size, 3), np.float32)
@@ -62,6 +64,9 @@ def _seen(scene: Scene) -> tuple[Map, Map]:
         lay(seen, seen.coverage, kind)
     head = scene.see(head_solids(identity, scene.motion), scene.turn, 0.075)
     lay(head, head.coverage, HEAD)
+    skin = head.coverage > 0.5
+    local[skin], inside = unexpressed(identity, portrait, scene.motion, local[skin])
+    kinds[skin] = np.where(inside, INSIDE, HEAD)
     if front:
         over = scene.see(front, scene.turn, 0.08)
         above = np.where(head.coverage > 0.02, over.height > head.height, True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from einops import rearrange
 
 from stages.config import HeadConfig
 from stages.moved import moved, shifts
-from stages.networks.mover import FIRST_SHARES, NUM_SAID, SPLIT, composed, meant
+from stages.networks.mover import FINER, FIRST_SHARES, NUM_SAID, SPLIT, composed, meant, spotted
 
 SIDE = 48
 
@@ -18,7 +19,7 @@ def some(seed: int, *shape: int) -> torch.Tensor:
 
 def said(**parts: torch.Tensor) -> torch.Tensor:
     """(1, NUM_SAID, 12, 12): zero but for the given parts."""
-    names = ("head", "beside", "paint", "shares")
+    names = ("head", "beside", "paint", "shares", "tint")
     return torch.cat(
         [
             torch.ones(1, size, 12, 12) * parts.get(name, torch.zeros(1)).reshape(1, -1, 1, 1)
@@ -62,6 +63,34 @@ def test_paint_covers_everything_where_it_has_all_the_share():
     covering = said(paint=torch.tensor([9.0, 0.0, -9.0]), shares=torch.tensor([0.0, 0.0, 40.0]))
     [ours] = composed(torch.rand(3, SIDE, SIDE), meant(torch.zeros(1, 12, 12, 2), covering))
     torch.testing.assert_close(ours[:, 5, 5], torch.tensor([1.0, 0.5, 0.0]), rtol=0, atol=1e-3)
+
+
+def test_tint_is_added_to_what_is_looked_up_and_stays_a_picture():
+    portrait, guess = torch.full((3, SIDE, SIDE), 0.5), torch.zeros(1, 12, 12, 2)
+    tinted = said(tint=torch.tensor([0.2, -0.3, 0.9]).atanh(), shares=torch.tensor([30.0, 0.0, 0.0]))
+    [ours] = composed(portrait, meant(guess, tinted))
+    torch.testing.assert_close(ours[:, 7, 9], torch.tensor([0.7, 0.2, 1.0]), rtol=0, atol=1e-4)
+
+
+def test_a_guess_is_refined_by_finer_cells():
+    guess = torch.zeros(1, 12, 12, 2)
+    finer = meant(guess, torch.zeros(1, NUM_SAID, 12 * FINER, 12 * FINER))
+    assert finer.head.shape == (1, 12 * FINER, 12 * FINER, 2)
+    head = torch.zeros(1, NUM_SAID, 12 * FINER, 12 * FINER)
+    head[:, 0, 5, 7] = 0.5
+    assert (meant(guess, head).head[..., 0] != 0).sum() == 1
+
+
+def test_spots_lie_on_their_keypoints_and_slope_as_told():
+    keypoints = torch.tensor([[[-0.5, 0.25, 0.1], [0.5, -0.25, 0.0]]])
+    level, right, down = torch.eye(3)[:, :, None, None].expand(-1, -1, 2, 1)
+    only_first = torch.tensor([1.0, 0.0])[None, None, :, None]
+    values = [rearrange(part * only_first, "1 s k c -> 1 (s k) c") for part in (level[None], right[None], down[None])]
+    flat, sloping, falling = (spotted(keypoints, value, 16)[0, 0] for value in values)
+    row, column = 9, 3  # the middle of this cell is a little below and to the left of the first keypoint
+    assert flat.argmax() in (16 * row + column, 16 * row + column + 1)
+    assert sloping[row, :4].max() < 0 < sloping[row, 4:].min()
+    assert falling[:10, column].max() < 0 < falling[10:, column].min()
 
 
 @torch.no_grad()

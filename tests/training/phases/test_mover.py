@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
+from torch.nn import functional as F
 
 from stages.errors import BadConfig
 from stages.networks.mover import Said
@@ -15,7 +17,7 @@ from training.handover import load_networks
 from training.phases.build import build_phase, networks_of
 from training.phases.mover import AT_HEAD, BESIDE, PAINTED, UNKNOWN, cells_off, place_loss, true_places
 from training.phases.phase import draws
-from training.places import HEAD
+from training.places import HEAD, INSIDE
 from training.recipes import changed, smoke
 
 
@@ -39,23 +41,45 @@ def test_a_perceptual_distance_counts_where_the_config_asks_for_it(build, batch:
 def test_true_places_teach_what_pictures_of_another_moment_show(batch: Batch):
     shifts, kinds, shown_by = true_places(batch, 0, 16)
     assert shifts.shape == (5, 16, 16, 2) and kinds.shape == shown_by.shape == (5, 16, 16)
-    assert ((shown_by == AT_HEAD) == (kinds == HEAD)).all()
+    assert (kinds[shown_by == AT_HEAD] == HEAD).all()
+    assert (shown_by[kinds == HEAD] == AT_HEAD).mean() > 0.7
+    assert (shown_by[kinds == INSIDE] == PAINTED).all()
     assert (shown_by == PAINTED).any() and (shown_by == BESIDE).any() and (shown_by == UNKNOWN).any()
 
 
-def test_perfect_places_cost_nothing(batch: Batch):
+def perfect(batch: Batch) -> list[Said]:
+    """Everything as `true_places` has it, in cells twice as fine."""
     said = []
     for index in range(2):
         shifts, _, shown_by = (torch.from_numpy(part) for part in true_places(batch, index, 16))
-        shares = 50.0 * torch.nn.functional.one_hot(shown_by.clamp(min=0), 3).permute(0, 3, 1, 2)
-        said.append(Said(shifts, shifts, torch.zeros(5, 3, 16, 16), shares))
-    _, errors = place_loss(said, batch, torch.zeros(2, 6, 3, 64, 64))
+        shares = 50.0 * F.one_hot(shown_by.clamp(min=0), 3)
+        fine = [torch.kron(part, torch.ones(1, 2, 2, 1)) for part in (shifts, shares)]
+        colours = torch.zeros(5, 3, 32, 32)
+        said.append(Said(fine[0], fine[0], colours, rearrange(fine[1], "f h w c -> f c h w"), colours))
+    return said
+
+
+def test_perfect_places_cost_nothing(batch: Batch):
+    _, errors = place_loss(perfect(batch), batch, torch.zeros(2, 6, 3, 64, 64), torch.ones(10, 1, 16, 16))
     assert all(float(error) < 1e-6 for error in errors.values())
 
 
+def test_errors_count_by_the_weights_of_their_cells(batch: Batch):
+    wrong = [
+        dataclasses.replace(said, head=said.head + 0.1 * torch.eye(32)[None, :, :, None]) for said in perfect(batch)
+    ]
+    corner = torch.ones(10, 1, 16, 16)
+    corner[..., 8:, 8:] = 9.0
+    even, uneven = (
+        place_loss(wrong, batch, torch.zeros(2, 6, 3, 64, 64), weights)[1]["head_cells"]
+        for weights in (torch.ones(10, 1, 16, 16), corner)
+    )
+    assert 0 < float(even) != pytest.approx(float(uneven), rel=1e-3)
+
+
 def test_places_of_which_none_is_known_cost_nothing():
-    places = torch.ones(1, 4, 4, 2)
-    assert float(cells_off(places, -places, torch.zeros(1, 4, 4, dtype=torch.bool))) == 0
+    places = torch.ones(1, 2, 4, 4)
+    assert float(cells_off(places, torch.zeros(1, 4, 4, 2), torch.zeros(1, 4, 4))) == 0
 
 
 def test_filmed_clips_are_learned_from_their_pictures_alone(build, batch: Batch):
