@@ -30,6 +30,8 @@ MAX_SHIFT = 1.0
 """Half picture sides; no place is looked up farther from where the guess has it."""
 TOKEN_CODE = 64
 """Numbers into which the motion tokens of portrait and frame are read before they are written around keypoints."""
+TOKEN_GAIN = 0.25
+"""Deviation of the first weights that read them."""
 SPOT_REACH = 0.25
 """Deviation of the spots around keypoints, in units of the keypoints' own spread: about an eye."""
 
@@ -65,7 +67,10 @@ class Mover(nn.Module):
             nn.Linear(num_tokens + 6 * num_keypoints, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
         self.expression = nn.Sequential(nn.Linear(num_tokens, TOKEN_CODE), nn.SiLU())
-        self.spots = nn.Linear(TOKEN_CODE, 3 * num_keypoints * fine)
+        self.spots = nn.Linear(TOKEN_CODE, 3 * num_keypoints * (fine + NUM_SAID))
+        # An expression is a small part of its tokens: with the usual start it is drowned, and nothing learns from it.
+        nn.init.normal_(self.expression[0].get_parameter("weight"), std=TOKEN_GAIN)
+        nn.init.zeros_(self.spots.weight)
         self.conv_in = nn.Conv2d(9 * patch**2 + 2, fine, 3, stride=2, padding=1)
         self.down = ResnetBlock(fine, fine, width, num_groups)
         self.halve = nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
@@ -89,25 +94,30 @@ class Mover(nn.Module):
         guess = shifts(start, end, portrait.shape[-1] // self.head.grid_px, self.head)
         guessed = looked_up(portrait, guess)
         seen = torch.cat([drawn.float(), guessed, portrait.expand_as(guessed)], 1)
-        told = torch.cat([part.float().flatten(1) for part in (own_tokens.expand_as(tokens), tokens)], 1)
-        points = torch.cat([start.expand_as(end).flatten(1), end.flatten(1)], 1)
-        return meant(guess, self._said(seen, guess, told, points, end))
+        own, tokens = own_tokens.float().expand_as(tokens).flatten(1), tokens.float().flatten(1)
+        told = torch.cat([own, tokens, start.expand_as(end).flatten(1), end.flatten(1)], 1)
+        return meant(guess, self._said(seen, guess, told, torch.cat([tokens - own, tokens], 1), end))
 
-    def _said(self, seen: Tensor, guess: Tensor, told: Tensor, points: Tensor, end: Tensor) -> Tensor:
+    def _said(self, seen: Tensor, guess: Tensor, told: Tensor, changed: Tensor, end: Tensor) -> Tensor:
         """(n, NUM_SAID, g, g) in fp32, g being `FINER` times the grid of `guess` (n, h, h, 2)."""
         dtype = self.conv_in.weight.dtype
         shift = rearrange(guess, "n h w c -> n c h w")
         picture = torch.cat([fold(seen.to(dtype), self.head.grid_px), shift.to(dtype)], 1)
-        known = self.known(torch.cat([told, points], 1).to(dtype))
+        known = self.known(told.to(dtype))
         x = self.conv_in(picture)
-        values = rearrange(self.spots(self.expression(told.to(dtype))), "n (k c) -> n k c", c=x.shape[1])
-        fine = self.down(F.silu(x + spotted(end, values, x.shape[-1])), known)
+        spots = self.spots(self.expression(changed.to(dtype)))
+        spots = rearrange(spots, "n (k c) -> n k c", c=x.shape[1] + NUM_SAID)
+        to_features, to_answer = spots.split((x.shape[1], NUM_SAID), dim=-1)
+        fine = self.down(F.silu(x + spotted(end, to_features, x.shape[-1])), known)
         coarse = self.halve(fine)
         for block in self.middle:
             coarse = block(coarse, known)
         wide = F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
         x = self.up(torch.cat([wide, fine], 1), known)
-        return unfold(self.conv_out(F.silu(self.norm_out(x))), 2 * FINER).float()
+        said = unfold(self.conv_out(F.silu(self.norm_out(x))), 2 * FINER)
+        # What an expression does to anybody's face is nearly linear, and learned at once by this short cut.
+        usual = spotted(end, to_answer, guess.shape[1])
+        return (said + F.interpolate(usual, scale_factor=FINER, mode="nearest")).float()
 
 
 def spotted(keypoints: Tensor, values: Tensor, side: int) -> Tensor:
