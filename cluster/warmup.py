@@ -47,4 +47,7 @@ def blank_motion(config: ModelConfig) -> MotionState:
         return np.zeros(shape, np.float32)
 
     pose = Pose(zeros(1, config.keypoints.num_keypoints, 3), zeros(1, 3), zeros(1, 3), zeros(1, 1) + 1)
-    return MotionState(pose, zeros(config.motion_encoder.num_tokens, config.motion_encoder.token_dim))
+    tokens = zeros(config.motion_encoder.num_tokens, config.motion_encoder.token_dim)
+    is_moved = bool(config.pose_guider.mover_channels)
+    picture = np.zeros((config.size_px, config.size_px, 3), np.uint8) if is_moved else None
+    return MotionState(pose, tokens, picture=picture)

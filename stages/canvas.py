@@ -31,19 +31,32 @@ class ShownPortrait:
 
 
 def canvases(
-    keypoints: Tensor, tokens: Tensor, portrait: ShownPortrait | None, mover: Mover | None, config: ModelConfig
+    keypoints: Tensor,
+    tokens: Tensor,
+    portrait: ShownPortrait | None,
+    mover: Mover | None,
+    config: ModelConfig,
+    turned: Tensor | None = None,
 ) -> Tensor:
     """(n, 3 or 9, size, size) in [0, 1], on the keypoints' device, of keypoints (n, K, 3) and motion tokens (n, T, D).
 
     Channels: the drawn keypoints; where `config.pose_guider.shows_portrait`, then the portrait as it moves from its own
-    keypoints to these, and the portrait itself. Otherwise no portrait is needed, and tokens are not looked at.
+    keypoints to these (`turned` (n, 3, size, size), where somebody knows it), and the portrait itself. Otherwise no
+    portrait is needed, and tokens are not looked at.
     """
     drawn = draw(keypoints, config.size_px, config.keypoints)
     if not config.pose_guider.shows_portrait:
         return drawn
     assert portrait is not None, "this model's canvases show the portrait"
-    if mover is None:
-        turned = moved(portrait.picture, portrait.keypoints, keypoints, config.pose_guider.head)
-    else:
-        turned = mover(drawn, portrait.picture, portrait.keypoints, keypoints, portrait.tokens, tokens)
+    if turned is None:
+        turned = _turned(drawn, keypoints, tokens, portrait, mover, config)
     return torch.cat([drawn, turned, repeat(portrait.picture, "c h w -> n c h w", n=len(keypoints))], dim=1)
+
+
+def _turned(
+    drawn: Tensor, keypoints: Tensor, tokens: Tensor, portrait: ShownPortrait, mover: Mover | None, config: ModelConfig
+) -> Tensor:
+    if mover is None:
+        return moved(portrait.picture, portrait.keypoints, keypoints, config.pose_guider.head)
+    # Rounded as where the motion stage has moved it.
+    return mover(drawn, portrait.picture, portrait.keypoints, keypoints, portrait.tokens, tokens).half().float()

@@ -80,7 +80,7 @@ class DenoiseStage:
         """`run` with its tensors still on the device; `noise` replaces each session's own."""
         states = self._introduced(states, chunks)
         motions = [
-            Motion(self._tensor(chunk.tokens), self._pose(state, chunk.keypoints, chunk.tokens))
+            Motion(self._tensor(chunk.tokens), self._pose(state, chunk.keypoints, chunk.tokens, chunk.moved))
             for state, chunk in zip(states, chunks, strict=True)
         ]
         given = noise or [None] * len(states)
@@ -163,14 +163,17 @@ class DenoiseStage:
             for state, chunk in zip(states, chunks, strict=True)
         ]
 
-    def _pose(self, state: WindowState, keypoints: Floats, tokens: Floats) -> Tensor:
+    def _pose(
+        self, state: WindowState, keypoints: Floats, tokens: Floats, moved: NDArray[np.float16] | None = None
+    ) -> Tensor:
         """(f, c0, h, w) pose features; keypoints travel rather than these, which are a thousand times larger."""
         shown = None
         if state.picture is not None and state.portrait_keypoints is not None:
             own = state.bank[0].unflatten(0, tokens.shape[1:])
             shown = ShownPortrait(state.picture, self._tensor(state.portrait_keypoints), own)
         mover = self.pose_guider.mover
-        seen = canvases(self._tensor(keypoints), self._tensor(tokens), shown, mover, self.config)
+        turned = None if moved is None else self._tensor(moved)
+        seen = canvases(self._tensor(keypoints), self._tensor(tokens), shown, mover, self.config, turned)
         return self.pose_guider(seen.to(self._parameter.dtype))
 
     def _picture(self, pixels: Pixels | None) -> Tensor | None:

@@ -25,6 +25,11 @@ def signed(pixels: Pixels) -> Tensor:
     return rearrange(scaled, "n h w c -> n c h w").contiguous() * 2 - 1
 
 
+def pixels_of(picture: Tensor) -> Pixels:
+    """A picture (3, s, s) in [-1, 1] as uint8 (s, s, 3)."""
+    return rearrange((picture / 2 + 0.5) * 255, "c h w -> h w c").round().to(torch.uint8).contiguous().numpy()
+
+
 def portrait_tensor(portrait: Pixels, size_px: int) -> Tensor:
     """uint8 (h, w, 3) squeezed to (1, 3, size, size) in [-1, 1] by LANCZOS, whatever its aspect: crop before."""
     resized = Image.fromarray(portrait).resize((size_px, size_px), Image.Resampling.LANCZOS)

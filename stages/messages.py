@@ -45,6 +45,10 @@ class MotionState:
     """(T, D) tokens of the last frame that had a usable face: held while there is none."""
     held: Pose | None = None
     """That frame's retargeted pose, n = 1."""
+    picture: Pixels | None = None
+    """(s, s, 3) the portrait, only for a model whose motion stage moves it (`PoseGuiderConfig.mover_channels`)."""
+    own_keypoints: Floats | None = None
+    """(K, 3) of the portrait, with which the first chunk begins; likewise."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class MotionChunk:
     """(f, K, 3), likewise longer on the first chunk; [-1, 1] spans the picture."""
     no_face: tuple[bool, ...]
     """Per driving frame: True where no usable face was found and the last motion is held."""
+    moved: NDArray[np.float16] | None = None
+    """(f, 3, s, s) in [0, 1], likewise longer: the portrait as this motion moves it, where the motion stage has done
+    so; elsewhere it is left to the denoise stage."""
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 from stages.config import ModelConfig
 from stages.errors import BadPortrait
 from stages.groups import groups
-from stages.images import detector_frames, detector_portrait, face_crop, portrait_tensor, signed
+from stages.images import detector_frames, detector_portrait, face_crop, pixels_of, portrait_tensor, signed
 from stages.keypoints import (
     box_is_usable,
     boxes,
+    draw,
     frame_pose,
     interpolate,
     interpolate_start,
@@ -32,15 +33,18 @@ from stages.keypoints import (
 from stages.messages import Floats, MotionChunk, MotionState, Pixels, Pose
 from stages.networks.keypoint_extractor import KeypointExtractor
 from stages.networks.motion_encoder import MotionEncoder
+from stages.networks.pose_guider import PoseGuider
 
 
 @dataclass(frozen=True)
 class MotionStage:
-    """Keypoint extractor and motion encoder. All methods are pure functions of their arguments and the weights."""
+    """Keypoint extractor, motion encoder and mover; all methods are pure functions of arguments and weights."""
 
     config: ModelConfig
     keypoint_extractor: KeypointExtractor
     motion_encoder: MotionEncoder
+    pose_guider: PoseGuider
+    """Its `mover`, where the model has one, works here: the denoise stage has most to do, and this one has time."""
 
     @torch.inference_mode()
     def open(self, portrait: Pixels) -> MotionState:
@@ -54,8 +58,9 @@ class MotionStage:
                 "upright and filling a good part of the picture",
                 "no_face_in_portrait",
             )
-        crop = face_crop(portrait_tensor(portrait, size_px)[0], box, self.config.motion_encoder.crop_px)
-        return MotionState(portrait=pose, portrait_tokens=self._tokens(crop)[0])
+        picture = portrait_tensor(portrait, size_px)[0]
+        tokens = self._tokens(face_crop(picture, box, self.config.motion_encoder.crop_px))[0]
+        return MotionState(pose, tokens, picture=None if self.pose_guider.mover is None else pixels_of(picture))
 
     @torch.inference_mode()
     def run(self, states: Sequence[MotionState], frames: Sequence[Pixels]) -> list[tuple[MotionState, MotionChunk]]:
@@ -73,7 +78,21 @@ class MotionStage:
             part = range(start, start + len(chunk))
             results.append(follow(self.config, state, [frame_pose(poses, i) for i in part], [tokens[i] for i in part]))
             start += len(chunk)
-        return results
+        return [self._moving(*result) for result in results]
+
+    def _moving(self, state: MotionState, chunk: MotionChunk) -> tuple[MotionState, MotionChunk]:
+        """The chunk with the portrait as it moves it, where the model has a network for that."""
+        mover = self.pose_guider.mover
+        if mover is None or state.picture is None:
+            return state, chunk
+        own = chunk.keypoints[0].copy() if state.own_keypoints is None else state.own_keypoints
+        device = next(mover.parameters()).device
+        picture = rearrange(state.picture, "h w c -> c h w") / np.float32(255)
+        parts = (picture, own, chunk.keypoints, state.portrait_tokens, chunk.tokens)
+        portrait, start, end, own_tokens, tokens = (torch.from_numpy(part).to(device) for part in parts)
+        drawn = draw(end, self.config.size_px, self.config.keypoints)
+        moved = mover(drawn, portrait, start, end, own_tokens, tokens)
+        return replace(state, own_keypoints=own), replace(chunk, moved=moved.half().cpu().numpy())
 
     def _poses(self, pictures: Tensor) -> Pose:
         parameter = next(self.keypoint_extractor.parameters())

@@ -30,7 +30,7 @@ from stages.weights import TINY, load_folder
 logger = logging.getLogger(__name__)
 
 STAGE_NETWORKS: dict[str, tuple[str, ...]] = {
-    "motion": ("keypoint_extractor", "motion_encoder"),
+    "motion": ("keypoint_extractor", "motion_encoder", "pose_guider"),
     "reference": ("vae", "image_encoder", "reference_unet"),
     "denoise": ("pose_guider", "denoising_unet"),
     "decode": ("vae",),

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from stages.config import ModelConfig
-from stages.images import clip_pixels, portrait_tensor
+from stages.images import clip_pixels, pixels_of, portrait_tensor
 from stages.messages import Keyframe, Pixels, PortraitFeatures, ReferenceFeatures
 from stages.networks.image_encoder import ImageEncoder
 from stages.networks.unet import ReferenceUNet
@@ -41,7 +40,7 @@ class ReferenceStage:
             features=self._features(latent, token),
             token=token.float().cpu().numpy(),
             latent=latent[0].float().cpu().numpy(),
-            pixels=_bytes(picture[0]) if self.config.pose_guider.shows_portrait else None,
+            pixels=pixels_of(picture[0]) if self.config.pose_guider.shows_portrait else None,
         )
 
     @torch.inference_mode()
@@ -55,8 +54,3 @@ class ReferenceStage:
         layers = self.reference_unet(latent, token)
         # Rounded to fp16 whatever the run's precision: the method's authors do, and weights are trained with it.
         return ReferenceFeatures(tuple(layer.half().cpu().numpy() for layer in layers))
-
-
-def _bytes(picture: Tensor) -> Pixels:
-    """A picture (3, s, s) in [-1, 1] as uint8 (s, s, 3)."""
-    return rearrange((picture / 2 + 0.5) * 255, "c h w -> h w c").round().to(torch.uint8).contiguous().numpy()

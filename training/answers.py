@@ -59,7 +59,7 @@ def answer_shuffled(stages: Stages, portrait: Pixels, driving: Pixels, other: Pi
     own, others = (
         motions_of(stages, opened, _with_tail(stages, in_chunks(stages, frames))) for frames in (driving, other)
     )
-    swapped = (replace(motion, tokens=lent.tokens) for motion, lent in zip(own, others, strict=True))
+    swapped = (replace(motion, tokens=lent.tokens, moved=None) for motion, lent in zip(own, others, strict=True))
     decoded = frames_of(stages, portrait, opened, swapped, seed)
     return np.concatenate(list(_without_transition(stages, decoded)))
 

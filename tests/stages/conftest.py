@@ -247,7 +247,9 @@ def moving_stages(stages: Stages) -> Stages:
 def with_guider(stages: Stages, guider: PoseGuiderConfig) -> Stages:
     config = replace(SMALL, pose_guider=guider)
     made = {name: replace(getattr(stages, name), config=config) for name in STAGE_NETWORKS}
-    made["denoise"] = replace(made["denoise"], pose_guider=build("pose_guider", config, 50))
+    network = build("pose_guider", config, 50)
+    for name in ("motion", "denoise"):
+        made[name] = replace(made[name], pose_guider=network)
     return Stages(config, **made)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from stages.errors import BadPortrait
 from stages.images import detector_frames, detector_portrait, face_crop, portrait_tensor, signed
@@ -222,3 +223,26 @@ def test_the_transition_starts_exactly_at_the_portraits_own_pose(motion, state, 
     for frames in (draw_chunks(4, 1)[0], black(draw_chunks(4, 1)[0])):
         [(_, chunk)] = motion.run([state], [frames])
         assert np.array_equal(chunk.keypoints[0], own)
+
+
+def test_where_the_model_has_a_mover_the_motion_stage_moves_the_portrait(moving_stages, draw_picture, draw_chunks):
+    motion, state = moving_stages.motion, moving_stages.motion.open(draw_picture(1))
+    chunks = []
+    for frames in draw_chunks(2, 2):
+        [(state, chunk)] = motion.run([state], [frames])
+        chunks.append(chunk)
+    first, second = chunks
+    assert [len(chunk.moved) for chunk in chunks] == [len(chunk.keypoints) for chunk in chunks]
+    np.testing.assert_array_equal(state.own_keypoints, first.keypoints[0])
+    seen = moving_stages.denoise.open(moving_stages.reference.open(draw_picture(1)), state.portrait_tokens, 0)
+    for chunk in (first, replace(first, moved=None)):
+        [(after, _, _)] = moving_stages.denoise.run([seen], [chunk])
+        poses = after.pose if chunk.moved is not None else poses
+        torch.testing.assert_close(after.pose, poses, rtol=0, atol=1e-5)
+    assert np.abs(second.moved[0].astype(np.float32) - second.moved[-1]).max() > 1e-3
+
+
+def test_other_models_leave_the_portrait_to_the_denoise_stage(showing_stages, draw_picture, draw_chunks):
+    state = showing_stages.motion.open(draw_picture(1))
+    [(state, chunk)] = showing_stages.motion.run([state], [draw_chunks(2, 1)[0]])
+    assert state.picture is state.own_keypoints is chunk.moved is None
