@@ -70,7 +70,6 @@ class Mover(nn.Module):
         self.spots = nn.Linear(TOKEN_CODE, 3 * num_keypoints * (fine + NUM_SAID))
         # An expression is a small part of its tokens: with the usual start it is drowned, and nothing learns from it.
         nn.init.normal_(self.expression[0].get_parameter("weight"), std=TOKEN_GAIN)
-        nn.init.zeros_(self.spots.weight)
         self.conv_in = nn.Conv2d(9 * patch**2 + 2, fine, 3, stride=2, padding=1)
         self.down = ResnetBlock(fine, fine, width, num_groups)
         self.halve = nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
@@ -78,6 +77,9 @@ class Mover(nn.Module):
         self.up = ResnetBlock(coarse + fine, fine, width, num_groups)
         self.norm_out = nn.GroupNorm(num_groups, fine)
         self.conv_out = nn.Conv2d(fine, (2 * FINER) ** 2 * NUM_SAID, 3, padding=1)
+        for silent_at_first in (self.spots, self.conv_out):
+            for parameter in silent_at_first.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
         self, drawn: Tensor, portrait: Tensor, start: Tensor, end: Tensor, own_tokens: Tensor, tokens: Tensor
