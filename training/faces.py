@@ -141,7 +141,7 @@ class KeypointDetector:
 def load_keypoints() -> Detector:
     """The bundled extractor as a detector; others order their keypoints in ways nobody has written down."""
     config, networks = load_networks("tiny", ["keypoint_extractor"])
-    network = networks["keypoint_extractor"]
+    network = networks["keypoint_extractor"].float()
     assert isinstance(network, KeypointExtractor)
     return KeypointDetector(config.keypoints, network)
 
