@@ -2,7 +2,7 @@
 
 A denoiser of a few million weights cannot learn from attention alone to move a face by pixels. So the small model's
 pose canvas (`stages.canvas`, the caller) shows the portrait on an ellipsoid that turns as the keypoints turn. What is
-hidden, behind the head or inside the mouth, and every expression is left to the denoiser. Keypoints are (K, 3) in the
+hidden, behind the head or inside the mouth, and every expression is left to others. Keypoints are (K, 3) in the
 picture, [-1, 1] across, z away from the viewer; any values, also of a face off the picture, give finite pictures.
 """
 
