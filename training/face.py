@@ -80,6 +80,11 @@ def gaze_at(identity: Identity, motion: Motion) -> NDArray[np.float64]:
     return np.array((0.5 * identity.eye_size * motion.gaze_x, -0.06 * tall + 0.5 * tall * motion.gaze_y))
 
 
+def chin_drop(motion: Motion) -> float:
+    """How much lower the chin is than with the mouth shut."""
+    return 0.15 * motion.jaw
+
+
 def brow_lift(motion: Motion) -> float:
     """How much higher the brows are than at rest."""
     return 0.085 * motion.brow * (1.0 if motion.brow > 0 else 0.75)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.face import brow_lift, eye_centres, eye_lines, gaze_at, mouth_lines, mouth_shape
+from training.face import brow_lift, chin_drop, eye_centres, eye_lines, gaze_at, mouth_lines, mouth_shape
 from training.identity import Identity
 from training.motion import Motion
 
@@ -23,8 +23,6 @@ LIP_REACH = 1.35
 """Half mouths from its middle, where lips no longer pull."""
 MIN_OPENING = 0.5
 """Of what a mouth shows inside, the share that the portrait must show as well to be looked up there."""
-CHIN_FALL = 0.15
-"""Head units that the chin falls with the jaw wide open (`training.world.head_solids`)."""
 
 
 def unexpressed(identity: Identity, portrait: Motion, motion: Motion, local: Map) -> tuple[Map, Map]:
@@ -46,7 +44,7 @@ def unexpressed(identity: Identity, portrait: Motion, motion: Motion, local: Map
 
 def _chin_fall(portrait: Motion, motion: Motion, y: Map) -> Map:
     """How much lower the skin of the lower face lies."""
-    return CHIN_FALL * (motion.jaw - portrait.jaw) * np.clip((y - 0.4) / 0.45, 0, 1)
+    return (chin_drop(motion) - chin_drop(portrait)) * np.clip((y - 0.4) / 0.45, 0, 1)
 
 
 def _brow_rise(identity: Identity, portrait: Motion, motion: Motion, x: Map, y: Map) -> Map:

@@ -111,7 +111,7 @@ def project(pose: Pose) -> NDArray[np.float32]:
 
 def head_solids(identity: Identity, motion: Motion) -> list[Ellipsoid]:
     """The head without hair."""
-    i, drop = identity, 0.15 * motion.jaw
+    i, drop = identity, face.chin_drop(motion)
     tip, bulge, lift = i.eye_y + i.nose_length, i.nose_depth, 0.05 * max(motion.smile, 0)
     solids = [
         Ellipsoid((0, -0.22, 0.2), (i.cranium, 0.82, 0.88)),

@@ -125,9 +125,9 @@ def in_cells(parts: list[Tensor], side: int) -> Tensor:
 def cells_off(said: Tensor, true: Tensor, weights: Tensor) -> Tensor:
     """Mean (Huber) distance in cells of places (n, 2, g, g) from true ones (n, g, g, 2), by weights (n, g, g), 0 where
     nothing is known; 0 where nothing at all is."""
-    in_cells = weights.shape[-1] / 2
+    cells = weights.shape[-1] / 2
     true = rearrange(true, "n h w c -> n c h w")
-    error = F.smooth_l1_loss(said * in_cells, true * in_cells, reduction="none").sum(1)
+    error = F.smooth_l1_loss(said * cells, true * cells, reduction="none").sum(1)
     return (error * weights).sum() / weights.sum().clamp(min=1)
 
 
