@@ -20,8 +20,9 @@ serve-haproxy: $(VENV)/.server ## The same for many people: HAProxy in front of 
 
 venv: $(VENV)/.all ## Build .venv with everything: server, training, tests.
 
+# Files go to as many processes as there are processors, up to four; each calculates in one thread.
 test: $(VENV)/.all ## The fast tests.
-	$(BIN)/python -m pytest --ignore=tests/system
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/system -n logical --maxprocesses 4 --dist loadfile
 
 test-system: $(VENV)/.all ## The slow tests: several Ray processes, kills, Chromium.
 	$(BIN)/python -m pytest tests/system

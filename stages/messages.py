@@ -49,6 +49,9 @@ class MotionState:
     """(s, s, 3) the portrait, only for a model whose motion stage moves it (`PoseGuiderConfig.mover_channels`)."""
     own_keypoints: Floats | None = None
     """(K, 3) of the portrait, with which the first chunk begins; likewise."""
+    fields: NDArray[np.float16] | None = None
+    """(fields, told, g, g) what expressions can do to this portrait (`stages.networks.expressions`), known from the
+    first chunk on; likewise."""
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,11 @@ class MotionStage:
         parts = (picture, own, chunk.keypoints, state.portrait_tokens, chunk.tokens)
         portrait, start, end, own_tokens, tokens = (torch.from_numpy(part).to(device) for part in parts)
         drawn = draw(end, self.config.size_px, self.config.keypoints)
-        moved = mover(drawn, portrait, start, end, own_tokens, tokens)
-        return replace(state, own_keypoints=own), replace(chunk, moved=moved.half().cpu().numpy())
+        fields = state.fields
+        if fields is None:
+            fields = mover.fields(portrait, start, own_tokens).half().cpu().numpy()
+        moved = mover(drawn, portrait, start, end, own_tokens, tokens, torch.from_numpy(fields).to(device))
+        return replace(state, own_keypoints=own, fields=fields), replace(chunk, moved=moved.half().cpu().numpy())
 
     def _poses(self, pictures: Tensor) -> Pose:
         parameter = next(self.keypoint_extractor.parameters())

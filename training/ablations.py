@@ -44,7 +44,7 @@ from training.paper import budget_line, compared, markdown
 from training.phases.stream import updates_per_clip
 from training.probes import BUNDLED
 from training.recipes import RECIPES, Recipe, changed, find_recipe
-from training.run import num_processors
+from training.run import assigned, num_processors
 from training.trials import FPS, Trial, impostors, trials
 from training.variants import Setting, Variant, check_weights, recipe_of, scheduled, train, trained, variants
 
@@ -163,6 +163,7 @@ def report_of(setting: Setting, options: Options, found: Mapping[str, list[dict[
         rows[name] = {"difference": every[name].difference, **budget, **compared(name, figures, found["full"])}
     report = {
         "recipe": recipe.name,
+        "set": dict(setting.changes),
         "num_distill_steps": recipe.distill.num_steps,
         "num_stream_steps": recipe.stream.num_steps,
         "num_stream_updates": recipe.stream.num_steps * updates_per_clip(recipe.stream, recipe.model.window),
@@ -181,7 +182,8 @@ def setting_of(args: argparse.Namespace) -> Setting:
         raise BadConfig("--identities and --threads must be at least 1, --seconds above 0, --seed 0 or more")
     weights = args.weights.resolve()
     check_weights(weights)
-    recipe = find_recipe(args.recipe, {"seed": args.seed})
+    changes = assigned(args.set)
+    recipe = find_recipe(args.recipe, changes | {"seed": args.seed})
     recipe = replace(recipe, model=start_model(recipe.model, weights))
     for phase, config, num_steps in (
         ("distill", recipe.distill, args.distill_steps),
@@ -190,7 +192,8 @@ def setting_of(args: argparse.Namespace) -> Setting:
         if num_steps is not None and num_steps < 1:
             raise BadConfig(f"--{phase}-steps must be at least 1")
         recipe = changed(recipe, scheduled(config, phase, num_steps or config.num_steps))
-    return Setting(recipe, weights, tuple(args.data), args.out.resolve(), args.threads, find_device(args.device))
+    data, out, device = tuple(args.data), args.out.resolve(), find_device(args.device)
+    return Setting(recipe, weights, data, out, args.threads, device, changes)
 
 
 def chosen(args: argparse.Namespace, recipe: Recipe) -> list[Variant]:
@@ -255,6 +258,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", required=True, action="append", help="a data folder, or PHASE=FOLDER; may be given several times")
     add("--out", required=True, type=Path, help="folder for weights and tables; given again, the work goes on from it")
     add("--recipe", default="tiny", help=f"one of {', '.join(RECIPES)} (default tiny)")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="another field of the recipe, by dotted name")
     add("--distill-steps", type=int, help="budget of phase distill, instead of the recipe's")
     add("--stream-steps", type=int, help="budget of full's phase stream; the others make as many updates")
     add("--identities", type=int, default=8, help="how many held-out trials (default 8)")

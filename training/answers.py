@@ -56,12 +56,21 @@ def answer(stages: Stages, portrait: Pixels, driving: Pixels, seed: int) -> Pixe
 def answer_shuffled(stages: Stages, portrait: Pixels, driving: Pixels, other: Pixels, seed: int) -> Pixels:
     """As `answer`, but only the head's pose is the driver's: the motion tokens are those of another driver's frames."""
     opened = stages.motion.open(portrait)
-    own, others = (
-        motions_of(stages, opened, _with_tail(stages, in_chunks(stages, frames))) for frames in (driving, other)
-    )
+    own, others = (tailed_motions(stages, opened, frames) for frames in (driving, other))
     swapped = (replace(motion, tokens=lent.tokens, moved=None) for motion, lent in zip(own, others, strict=True))
-    decoded = frames_of(stages, portrait, opened, swapped, seed)
-    return np.concatenate(list(_without_transition(stages, decoded)))
+    return answer_motions(stages, portrait, opened, swapped, seed)
+
+
+def tailed_motions(stages: Stages, opened: MotionState, driving: Pixels) -> list[MotionChunk]:
+    """The motion of driving frames, and as much more of the last as `answer_motions` needs."""
+    return list(motions_of(stages, opened, _with_tail(stages, in_chunks(stages, driving))))
+
+
+def answer_motions(
+    stages: Stages, portrait: Pixels, opened: MotionState, motions: Iterable[MotionChunk], seed: int
+) -> Pixels:
+    """As `answer`, but with the motion given (`tailed_motions`)."""
+    return np.concatenate(list(_without_transition(stages, frames_of(stages, portrait, opened, motions, seed))))
 
 
 def in_chunks(stages: Stages, frames: Pixels) -> Iterator[Pixels]:

@@ -83,9 +83,10 @@ def paper_differences(name: str) -> dict[str, float]:
 
 def budget_line(report: Mapping[str, Any]) -> str:
     """What all variants have in common, in a sentence."""
+    changes = "".join(f", {name}={value}" for name, value in report["set"].items())
     return (
-        f"Recipe {report['recipe']}, seed {report['seed']}: distill {report['num_distill_steps']} steps, stream "
-        f"{report['num_stream_steps']} steps ({report['num_stream_updates']} updates, in all variants as many); "
+        f"Recipe {report['recipe']}{changes}, seed {report['seed']}: distill {report['num_distill_steps']} steps, "
+        f"stream {report['num_stream_steps']} steps ({report['num_stream_updates']} updates, in all variants as many); "
         f"{report['identities']} held-out identities, {report['seconds']:g} s each."
     )
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,13 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     changes = {f"{name}.num_steps": args.steps for name in args.phases if args.steps is not None}
     if args.seed is not None:
         changes["seed"] = args.seed
-    for assignment in args.set:
+    return changes | assigned(args.set)
+
+
+def assigned(assignments: Sequence[str]) -> dict[str, Any]:
+    """What `--set FIELD=VALUE ...` says, by dotted name. Raises BadConfig."""
+    changes = {}
+    for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise BadConfig(f"--set {assignment}: give FIELD=VALUE, such as motion.num_steps=10")

@@ -64,6 +64,8 @@ class Setting:
     out: Path
     num_threads: int
     device: torch.device
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the recipe that the command has set, by dotted name."""
 
 
 def variants(recipe: Recipe) -> dict[str, Variant]:

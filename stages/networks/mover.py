@@ -1,8 +1,9 @@
 """Mover: the portrait as a frame's keypoints and motion tokens move it, by places that a small network says.
 
-Called by `stages.canvas` for a small model's canvases. `stages.moved` gives the first guess, a head that turns as an
-ellipsoid; this network looks at the guess and says how the places in it are wrong, what lies beside the head, and where
-neither helps, as inside a mouth, it paints. Places are looked up, not drawn: so a small network moves sharp details.
+Called by the motion stage, by `stages.canvas` and by phase `mover`. `stages.moved` gives the first guess, a head that
+turns as an ellipsoid; this network looks at the guess and says how the places in it are wrong, what lies beside the
+head, and where neither helps it paints. What expressions do to the face is added (`stages.networks.expressions`).
+Places are looked up, not drawn: so a small network moves sharp details.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.config import HeadConfig, ModelConfig
-from stages.moved import MIN_SIZE, bounded, cells, grown, looked_up, looked_up_at, shifts
+from stages.moved import bounded, cells, grown, looked_up, looked_up_at, shifts
+from stages.networks.expressions import Expressions, seen_at
 from stages.networks.layers import ResnetBlock
 from stages.networks.vae import fold, unfold
 
@@ -28,12 +30,6 @@ FIRST_SHARES = (4.0, 0.0, -3.0)
 """Logits of head, beside it and paint before anything is learned."""
 MAX_SHIFT = 1.0
 """Half picture sides; no place is looked up farther from where the guess has it."""
-TOKEN_CODE = 64
-"""Numbers into which the motion tokens of portrait and frame are read before they are written around keypoints."""
-TOKEN_GAIN = 0.25
-"""Deviation of the first weights that read them."""
-SPOT_REACH = 0.25
-"""Deviation of the spots around keypoints, in units of the keypoints' own spread: about an eye."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +62,6 @@ class Mover(nn.Module):
         self.known = nn.Sequential(
             nn.Linear(num_tokens + 6 * num_keypoints, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
-        self.expression = nn.Sequential(nn.Linear(num_tokens, TOKEN_CODE), nn.SiLU())
-        self.spots = nn.Linear(TOKEN_CODE, 3 * num_keypoints * (fine + NUM_SAID))
-        # An expression is a small part of its tokens: with the usual start it is drowned, and nothing learns from it.
-        nn.init.normal_(self.expression[0].get_parameter("weight"), std=TOKEN_GAIN)
         self.conv_in = nn.Conv2d(9 * patch**2 + 2, fine, 3, stride=2, padding=1)
         self.down = ResnetBlock(fine, fine, width, num_groups)
         self.halve = nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
@@ -77,68 +69,76 @@ class Mover(nn.Module):
         self.up = ResnetBlock(coarse + fine, fine, width, num_groups)
         self.norm_out = nn.GroupNorm(num_groups, fine)
         self.conv_out = nn.Conv2d(fine, (2 * FINER) ** 2 * NUM_SAID, 3, padding=1)
-        for silent_at_first in (self.spots, self.conv_out):
-            for parameter in silent_at_first.parameters():
-                nn.init.zeros_(parameter)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
+        self.expressions = Expressions(config)
+
+    def fields(self, portrait: Tensor, start: Tensor, own_tokens: Tensor) -> Tensor:
+        """What expressions can do to a portrait (3, s, s) with its keypoints (K, 3) and tokens (T, D): looked at once,
+        since it holds for all frames."""
+        return self.expressions.fields(portrait.float(), bounded(start), own_tokens)
 
     def forward(
-        self, drawn: Tensor, portrait: Tensor, start: Tensor, end: Tensor, own_tokens: Tensor, tokens: Tensor
+        self,
+        drawn: Tensor,
+        portrait: Tensor,
+        start: Tensor,
+        end: Tensor,
+        own_tokens: Tensor,
+        tokens: Tensor,
+        fields: Tensor,
     ) -> Tensor:
         """drawn (n, 3, s, s) keypoints in [0, 1]; the portrait's keypoints (K, 3) and tokens (T, D), and the frames'
-        (n, K, 3) and (n, T, D). Places are calculated in fp32 whatever the weights are."""
-        return composed(portrait.float(), self.say(drawn, portrait, start, end, own_tokens, tokens))
+        (n, K, 3) and (n, T, D); the portrait's `fields`. Places are calculated in fp32 whatever the weights are."""
+        return composed(portrait.float(), self.say(drawn, portrait, start, end, own_tokens, tokens, fields))
 
     def say(
-        self, drawn: Tensor, portrait: Tensor, start: Tensor, end: Tensor, own_tokens: Tensor, tokens: Tensor
+        self,
+        drawn: Tensor,
+        portrait: Tensor,
+        start: Tensor,
+        end: Tensor,
+        own_tokens: Tensor,
+        tokens: Tensor,
+        fields: Tensor,
     ) -> Said:
         """What `forward` composes its pictures of, from the same."""
         portrait, start, end = portrait.float(), bounded(start), bounded(end)
         guess = shifts(start, end, portrait.shape[-1] // self.head.grid_px, self.head)
         guessed = looked_up(portrait, guess)
         seen = torch.cat([drawn.float(), guessed, portrait.expand_as(guessed)], 1)
-        own, tokens = own_tokens.float().expand_as(tokens).flatten(1), tokens.float().flatten(1)
-        told = torch.cat([own, tokens, start.expand_as(end).flatten(1), end.flatten(1)], 1)
-        return meant(guess, self._said(seen, guess, told, torch.cat([tokens - own, tokens], 1), end))
+        own, flat = own_tokens.float().expand_as(tokens).flatten(1), tokens.float().flatten(1)
+        given = torch.cat([own, flat, start.expand_as(end).flatten(1), end.flatten(1)], 1)
+        told = self.expressions.told(fields, own_tokens, tokens)
+        return meant(guess, self._said(seen, guess, given), told, start)
 
-    def _said(self, seen: Tensor, guess: Tensor, told: Tensor, changed: Tensor, end: Tensor) -> Tensor:
+    def _said(self, seen: Tensor, guess: Tensor, given: Tensor) -> Tensor:
         """(n, NUM_SAID, g, g) in fp32, g being `FINER` times the grid of `guess` (n, h, h, 2)."""
         dtype = self.conv_in.weight.dtype
         shift = rearrange(guess, "n h w c -> n c h w")
         picture = torch.cat([fold(seen.to(dtype), self.head.grid_px), shift.to(dtype)], 1)
-        known = self.known(told.to(dtype))
-        x = self.conv_in(picture)
-        spots = self.spots(self.expression(changed.to(dtype)))
-        spots = rearrange(spots, "n (k c) -> n k c", c=x.shape[1] + NUM_SAID)
-        to_features, to_answer = spots.split((x.shape[1], NUM_SAID), dim=-1)
-        fine = self.down(F.silu(x + spotted(end, to_features, x.shape[-1])), known)
+        known = self.known(given.to(dtype))
+        fine = self.down(F.silu(self.conv_in(picture)), known)
         coarse = self.halve(fine)
         for block in self.middle:
             coarse = block(coarse, known)
         wide = F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
         x = self.up(torch.cat([wide, fine], 1), known)
-        said = unfold(self.conv_out(F.silu(self.norm_out(x))), 2 * FINER)
-        # What an expression does to anybody's face is nearly linear, and learned at once by this short cut.
-        usual = spotted(end, to_answer, guess.shape[1])
-        return (said + F.interpolate(usual, scale_factor=FINER, mode="nearest")).float()
+        return unfold(self.conv_out(F.silu(self.norm_out(x))), 2 * FINER).float()
 
 
-def spotted(keypoints: Tensor, values: Tensor, side: int) -> Tensor:
-    """(n, c, side, side): the sum of soft spots around keypoints (n, K, 3), each of them level, sloping right and
-    sloping down by values (n, 3 · K, c). So a convolution is told about an eye where the eye is."""
-    spread = (keypoints - keypoints.mean(1, keepdim=True)).square().sum(-1).mean(1).sqrt().clamp(min=MIN_SIZE)
-    away = cells(side, keypoints) - rearrange(keypoints[..., :2], "n k c -> n k 1 1 c")
-    right, down = (away / (SPOT_REACH * rearrange(spread, "n -> n 1 1 1 1"))).unbind(-1)
-    level = torch.exp(-(right.square() + down.square()) / 2)
-    spots = torch.cat([level, level * right, level * down], 1).to(values.dtype)
-    return torch.einsum("nkhw,nkc->nchw", spots, values)
-
-
-def meant(guess: Tensor, said: Tensor) -> Said:
-    """What the network's channels (n, NUM_SAID, g, g) mean, given the first guess (n, h, h, 2)."""
+def meant(guess: Tensor, said: Tensor, told: Tensor, start: Tensor) -> Said:
+    """What the network's channels (n, NUM_SAID, g, g) mean, given the first guess (n, h, h, 2) and what
+    `Expressions.told` says of the portrait, whose keypoints are `start`."""
     head, beside, paint, shares, tint = said.split(SPLIT, dim=1)
     first = torch.tensor(FIRST_SHARES, device=said.device)[:, None, None]
     fine = rearrange(grown(rearrange(guess, "n h w c -> n c h w"), said.shape[-1]), "n c h w -> n h w c")
-    return Said(fine + _shift(head), _shift(beside), paint.sigmoid(), shares + first, torch.tanh(tint))
+    turned = fine + _shift(head)
+    pulled, opened, colours = seen_at(told, cells(said.shape[-1], turned) + turned, start).split((2, 1, 3), dim=1)
+    # Of the three shares, paint's is the last.
+    shares = shares + first + F.pad(opened, (0, 0, 0, 0, 2, 0))
+    paint = (paint + colours).sigmoid()
+    return Said(turned + rearrange(pulled, "n c h w -> n h w c"), _shift(beside), paint, shares, torch.tanh(tint))
 
 
 def composed(portrait: Tensor, said: Said) -> Tensor:

@@ -240,7 +240,9 @@ def showing_stages(stages: Stages) -> Stages:
 @pytest.fixture(scope="session")
 def moving_stages(stages: Stages) -> Stages:
     """The same with a network that moves the portrait."""
-    guider = PoseGuiderConfig(channels=(4, 6, 10), pixel_patch=2, shows_portrait=True, mover_channels=(4, 8))
+    guider = PoseGuiderConfig(
+        channels=(4, 6, 10), pixel_patch=2, shows_portrait=True, mover_channels=(4, 8), expression_channels=(4, 8)
+    )
     return with_guider(stages, guider)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from einops import rearrange
 
 from stages.config import HeadConfig
 from stages.moved import moved, shifts
-from stages.networks.mover import FINER, FIRST_SHARES, NUM_SAID, SPLIT, composed, meant, spotted
+from stages.networks.expressions import NUM_TOLD
+from stages.networks.mover import FINER, FIRST_SHARES, NUM_SAID, SPLIT, Said, composed, meant
 
 SIDE = 48
 
@@ -31,68 +29,74 @@ def said(**parts: torch.Tensor) -> torch.Tensor:
     )
 
 
+def calm(guess: torch.Tensor, channels: torch.Tensor) -> Said:
+    """What is meant where expressions do nothing."""
+    return meant(guess, channels, torch.zeros(len(guess), NUM_TOLD, 8, 8), some(1, 9, 3))
+
+
 @torch.no_grad()
 def test_a_mover_that_says_nothing_shows_nearly_the_turned_head(moving_stages):
     config, mover = moving_stages.config, moving_stages.denoise.pose_guider.mover
     portrait, start, end = torch.rand(3, SIDE, SIDE), some(1, 9, 3), some(2, 2, 9, 3)
     guess = shifts(start, end, SIDE // config.pose_guider.head.grid_px, config.pose_guider.head)
-    ours = composed(portrait, meant(guess, torch.zeros(2, NUM_SAID, 12, 12)))
+    ours = composed(portrait, calm(guess, torch.zeros(2, NUM_SAID, 12, 12)))
     turned = moved(portrait, start, end, config.pose_guider.head)
     assert (ours - turned).abs().mean() < 0.02
     assert torch.tensor(FIRST_SHARES).softmax(0)[0] > 0.97
     own, tokens = some(3, 5, 6), some(4, 2, 5, 6)
-    assert mover(torch.rand(2, 3, SIDE, SIDE), portrait, start, end, own, tokens).shape == ours.shape
+    fields = mover.fields(portrait, start, own)
+    assert mover(torch.rand(2, 3, SIDE, SIDE), portrait, start, end, own, tokens, fields).shape == ours.shape
 
 
 def test_said_shifts_move_what_is_looked_up():
     portrait, guess = torch.rand(3, SIDE, SIDE), torch.zeros(1, 12, 12, 2)
     cell = 2 / SIDE
     shifted = said(head=torch.tensor([4 * cell, 0.0]).atanh(), shares=torch.tensor([30.0, 0.0, 0.0]))
-    [ours] = composed(portrait, meant(guess, shifted))
+    [ours] = composed(portrait, calm(guess, shifted))
     torch.testing.assert_close(ours[:, :, :-4], portrait[:, :, 4:], rtol=0, atol=1e-4)
 
 
 def test_what_lies_beside_the_head_has_shifts_of_its_own():
     portrait, guess = torch.rand(3, SIDE, SIDE), torch.full((1, 12, 12, 2), 0.3)
-    [still] = composed(portrait, meant(guess, said(shares=torch.tensor([0.0, 30.0, 0.0]))))
+    [still] = composed(portrait, calm(guess, said(shares=torch.tensor([0.0, 30.0, 0.0]))))
     torch.testing.assert_close(still, portrait, rtol=0, atol=1e-4)
     shifted = said(beside=torch.tensor([0.0, 2 * 2 / SIDE]).atanh(), shares=torch.tensor([0.0, 30.0, 0.0]))
-    [lower] = composed(portrait, meant(guess, shifted))
+    [lower] = composed(portrait, calm(guess, shifted))
     torch.testing.assert_close(lower[:, :-2], portrait[:, 2:], rtol=0, atol=1e-4)
 
 
 def test_paint_covers_everything_where_it_has_all_the_share():
     covering = said(paint=torch.tensor([9.0, 0.0, -9.0]), shares=torch.tensor([0.0, 0.0, 40.0]))
-    [ours] = composed(torch.rand(3, SIDE, SIDE), meant(torch.zeros(1, 12, 12, 2), covering))
+    [ours] = composed(torch.rand(3, SIDE, SIDE), calm(torch.zeros(1, 12, 12, 2), covering))
     torch.testing.assert_close(ours[:, 5, 5], torch.tensor([1.0, 0.5, 0.0]), rtol=0, atol=1e-3)
 
 
 def test_tint_is_added_to_what_is_looked_up_and_stays_a_picture():
     portrait, guess = torch.full((3, SIDE, SIDE), 0.5), torch.zeros(1, 12, 12, 2)
     tinted = said(tint=torch.tensor([0.2, -0.3, 0.9]).atanh(), shares=torch.tensor([30.0, 0.0, 0.0]))
-    [ours] = composed(portrait, meant(guess, tinted))
+    [ours] = composed(portrait, calm(guess, tinted))
     torch.testing.assert_close(ours[:, 7, 9], torch.tensor([0.7, 0.2, 1.0]), rtol=0, atol=1e-4)
 
 
 def test_a_guess_is_refined_by_finer_cells():
     guess = torch.zeros(1, 12, 12, 2)
-    finer = meant(guess, torch.zeros(1, NUM_SAID, 12 * FINER, 12 * FINER))
+    finer = calm(guess, torch.zeros(1, NUM_SAID, 12 * FINER, 12 * FINER))
     assert finer.head.shape == (1, 12 * FINER, 12 * FINER, 2)
     head = torch.zeros(1, NUM_SAID, 12 * FINER, 12 * FINER)
     head[:, 0, 5, 7] = 0.5
-    assert (meant(guess, head).head[..., 0] != 0).sum() == 1
+    assert (calm(guess, head).head[..., 0] != 0).sum() == 1
 
 
-def test_spots_lie_on_their_keypoints_and_slope_as_told():
-    keypoints = torch.tensor([[[-0.5, 0.25, 0.1], [0.5, -0.25, 0.0]]])
-    level, right, down = torch.eye(3)[:, :, None, None].expand(-1, -1, 2, 1)
-    only_first = torch.tensor([1.0, 0.0])[None, None, :, None]
-    values = [rearrange(part * only_first, "1 s k c -> 1 (s k) c") for part in (level[None], right[None], down[None])]
-    flat, sloping, falling = (spotted(keypoints, value, 16)[0, 0] for value in values)
-    row, column = 9, 3  # the middle of this cell is a little below and to the left of the first keypoint
-    assert flat.argmax() in (16 * row + column, 16 * row + column + 1)
-    assert sloping[row, :4].max() < 0 < sloping[row, 4:].min()
-    assert falling[:10, column].max() < 0 < falling[10:, column].min()
+def test_an_expression_pulls_and_paints_what_its_part_of_the_portrait_becomes():
+    start = torch.tensor([[-0.2, -0.2, 0.0], [0.2, -0.2, 0.0], [0.0, 0.4, 0.0]])
+    told = torch.zeros(1, NUM_TOLD, 8, 8)
+    told[:, 0], told[:, 2], told[:, 3] = 0.1, 40.0, 9.0
+    guess = torch.zeros(1, 12, 12, 2)
+    still, pulled = (meant(guess, said(), part, start) for part in (torch.zeros_like(told), told))
+    moved_by = pulled.head - still.head
+    assert moved_by[0, 6, 6, 0] > 0.02 and (moved_by[0, 0] == 0).all() and (moved_by[..., 1] == 0).all()
+    [ours] = composed(torch.rand(3, SIDE, SIDE), pulled)
+    torch.testing.assert_close(ours[0, 24, 24], torch.tensor(1.0), rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
@@ -100,31 +104,21 @@ def test_motion_tokens_change_the_picture_and_frames_do_not_see_each_other(movin
     mover = moving_stages.denoise.pose_guider.mover
     drawn, portrait = torch.rand(2, 3, SIDE, SIDE), torch.rand(3, SIDE, SIDE)
     start, end, own, tokens = some(1, 9, 3), some(2, 2, 9, 3), some(3, 5, 6), some(4, 2, 5, 6)
-    both = mover(drawn, portrait, start, end, own, tokens)
-    alone = mover(drawn[1:], portrait, start, end[1:], own, tokens[1:])
+    fields = mover.fields(portrait, start, own)
+    both = mover(drawn, portrait, start, end, own, tokens, fields)
+    alone = mover(drawn[1:], portrait, start, end[1:], own, tokens[1:], fields)
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-4)
-    assert (mover(drawn, portrait, start, end, own, tokens + 1) - both).abs().max() > 1e-3
+    assert (mover(drawn, portrait, start, end, own, tokens + 1, fields) - both).abs().max() > 1e-3
 
 
 @torch.no_grad()
-def test_what_expressions_say_directly_appears_around_a_keypoint(moving_stages):
-    mover = copy.deepcopy(moving_stages.denoise.pose_guider.mover)
-    drawn, portrait, own, tokens = (
-        torch.rand(1, 3, SIDE, SIDE),
-        torch.rand(3, SIDE, SIDE),
-        some(3, 5, 6),
-        some(4, 1, 5, 6),
-    )
-    start = some(1, 9, 3)
-    before = mover.say(drawn, portrait, start, start[None], own, tokens)
-    bias = mover.spots.bias.view(27, -1)
-    bias[4, -3:] = 0.7  # the tint of the fifth keypoint
-    after = mover.say(drawn, portrait, start, start[None], own, tokens)
-    torch.testing.assert_close(after.head, before.head)
-    where = (after.tint - before.tint)[0, 0].flatten().argmax()
-    side = after.tint.shape[-1]
-    expected = (start[4, :2] / 2 + 0.5) * side
-    assert (torch.stack([where % side, where // side]) + 0.5 - expected).abs().max() <= 2
+def test_what_has_been_seen_in_the_portrait_decides(moving_stages):
+    mover = moving_stages.denoise.pose_guider.mover
+    drawn, portrait = torch.rand(2, 3, SIDE, SIDE), torch.rand(3, SIDE, SIDE)
+    start, end, own, tokens = some(1, 9, 3), some(2, 2, 9, 3), some(3, 5, 6), some(4, 2, 5, 6)
+    fields = mover.fields(portrait, start, own)
+    once, twice = (mover(drawn, portrait, start, end, own, tokens, part) for part in (fields, 2 * fields))
+    assert (twice - once).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -133,7 +127,9 @@ def test_senseless_keypoints_give_a_picture(moving_stages, value):
     mover = moving_stages.denoise.pose_guider.mover
     end = torch.full((1, 9, 3), value)
     drawn, own, tokens = torch.rand(1, 3, SIDE, SIDE), some(3, 5, 6), some(4, 1, 5, 6)
-    picture = mover(drawn, torch.rand(3, SIDE, SIDE), some(1, 9, 3), end, own, tokens)
+    portrait, start = torch.rand(3, SIDE, SIDE), some(1, 9, 3)
+    fields = mover.fields(portrait, start, own)
+    picture = mover(drawn, portrait, start, end, own, tokens, fields)
     assert picture.isfinite().all() and picture.min() >= 0 and picture.max() <= 1
 
 

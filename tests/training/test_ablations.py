@@ -18,7 +18,20 @@ from training.layout import Manifest, write_manifest
 from training.paper import COLUMNS
 from training.world import canonical_keypoints
 
-SHORT = ("--distill-steps", "2", "--stream-steps", "1", "--identities", "2", "--seconds", "0.3", "--threads", "1")
+SHORT = (
+    "--set",
+    "distill.face_weight=2.5",
+    "--distill-steps",
+    "2",
+    "--stream-steps",
+    "1",
+    "--identities",
+    "2",
+    "--seconds",
+    "0.3",
+    "--threads",
+    "1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +76,8 @@ def test_variants_are_trained_from_shared_phases_and_compared_with_full(command,
     assert command("--only", "without-gan", "half-chunk", "without-keyframes", "threshold-20", "--json") == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
-    assert "distill 2 steps, stream 1 steps (2 updates" in printed.err
+    assert "distill.face_weight=2.5" in printed.err and "distill 2 steps, stream 1 steps (2 updates" in printed.err
+    assert json.loads((command.out / "full/distill/finished.json").read_text())["config"]["face_weight"] == 2.5
     assert list(report["variants"]) == ["full", "without-gan", "without-keyframes", "half-chunk", "threshold-20"]
     trained = {str(path.parent.relative_to(command.out)) for path in command.out.glob("*/*/finished.json")}
     assert trained == {"full/distill", "full/stream", "without-gan/distill", "without-gan/stream", "half-chunk/stream"}
@@ -105,6 +119,8 @@ def test_the_distillation_table_has_few_and_many_steps_before_and_after(command,
         (["--identities", "0"], "--identities"),
         (["--stream-steps", "0"], "--stream-steps"),
         (["--recipe", "huge"], "official, tiny, smoke"),
+        (["--set", "distill.size=3"], "no field 'distill.size'"),
+        (["--set", "distill.num_steps"], "FIELD=VALUE"),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_sentence(command, capsys, more: list[str], named: str):

@@ -114,9 +114,6 @@ def _start_guider(network: nn.Module, model: ModelConfig) -> None:
     assert isinstance(network, PoseGuider)
     if network.base is not None:
         nn.init.zeros_(network.base.weight)
-    if network.mover is not None:
-        nn.init.zeros_(network.mover.conv_out.weight)
-        nn.init.zeros_(network.mover.conv_out.get_parameter("bias"))
 
 
 STARTS: dict[str, Callable[[nn.Module, ModelConfig], None]] = {

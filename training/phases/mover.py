@@ -2,7 +2,8 @@
 
 The drawn world knows where everything in its pictures is from (`training.places`), and what it knows is learned in a
 tenth of the steps that pictures alone would take: from these a network first learns to lay half of one guess over half
-of another. Pictures teach the rest, expressions above all.
+of another. Expressions are asked for as the portrait itself would have them, its head where it is: beside the errors of
+a head that turns, those of an iris would not be seen. Pictures teach the rest.
 """
 
 from __future__ import annotations
@@ -19,21 +20,31 @@ from stages.config import ModelConfig
 from stages.errors import BadConfig
 from stages.images import signed
 from stages.keypoints import draw as draw_keypoints
-from stages.networks.mover import Said, composed
+from stages.moved import bounded, cells
+from stages.networks.expressions import seen_at
+from stages.networks.mover import FINER, FIRST_SHARES, Mover, Said, composed
 from stages.networks.pose_guider import PoseGuider
 from training.clips import Batch
 from training.identity import sample_identity
+from training.known import FIRST_EXPRESSION
 from training.motion import from_array
 from training.phases.animation import AnimationPhase
 from training.phases.phase import Draws, Update
 from training.places import BODY, HEAD, INSIDE, NECK, sources
 from training.recipes import MoverConfig
-from training.regions import region_weights
+from training.regions import box_mask, region_weights
 
 NETWORKS = ("keypoint_extractor", "motion_encoder", "pose_guider")
 UNKNOWN = -100
 """Of cells of which nobody says which share shall show them; what `F.cross_entropy` ignores."""
 AT_HEAD, BESIDE, PAINTED = range(3)
+PARTS_WEIGHT = 20.0
+"""Of cells of eyes and mouth beside the others, where expressions are asked for: there they are."""
+SQUARED_WITHIN = 0.25
+"""Cells within which an error of places counts by its square, and beyond by itself."""
+EXPRESSIONS_SQUARED_WITHIN = 2.0
+"""The same where expressions are asked for. Most of a face rests in most of them, and where absolute errors count,
+nothing moves until a network is sure that more than half of a cell's cases do: it was not, after hundreds of steps."""
 
 
 class MoverPhase(AnimationPhase):
@@ -47,7 +58,7 @@ class MoverPhase(AnimationPhase):
         if not model.pose_guider.mover_channels:
             raise BadConfig(f"phase mover: {model.name} has none: leave it out or set model.pose_guider.mover_channels")
         super().__init__(model, config, networks)
-        self.side = model.size_px // model.pose_guider.head.grid_px
+        self.side = FINER * model.size_px // model.pose_guider.head.grid_px
         self.perceptual = None if perceptual is None else perceptual.requires_grad_(False)
 
     def forward(self, batch: Batch, draw: Draws, step: int, index: int, carry: Any) -> Update:
@@ -56,21 +67,48 @@ class MoverPhase(AnimationPhase):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             keypoints = self._keypoints(batch, flat, draw)
             tokens = self._tokens(batch, images, keypoints, draw)
-        said = [self._say(*sample) for sample in zip(images, keypoints, tokens, strict=True)]
+        mover, portraits = self._mover(), images[:, 0] / 2 + 0.5
+        fields = [mover.fields(*parts) for parts in zip(portraits, keypoints[:, 0], tokens[:, 0], strict=True)]
         loss, metrics = torch.zeros((), device=self.device), dict[str, Tensor]()
-        if batch.people is not None and (batch.people >= 0).all():
-            loss, metrics = place_loss(said, batch, images / 2 + 0.5, self._weights(batch, self.side))
+        is_drawn = batch.people is not None and bool((batch.people >= 0).all())
+        if is_drawn:
+            error, metrics = self._expression_loss(batch, keypoints, tokens, fields)
+            loss = loss + self.config.expression_weight * error
+        elif not self.config.picture_weight:
+            raise BadConfig("phase mover: filmed clips teach by their pictures alone: set mover.picture_weight above 0")
+        if not (self.config.place_weight or self.config.picture_weight):
+            return Update(loss, metrics)
+        said = [self._say(*sample) for sample in zip(images, keypoints, tokens, fields, strict=True)]
+        if is_drawn and self.config.place_weight:
+            error, errors = place_loss(said, batch, images / 2 + 0.5, self._weights(batch, self.side))
+            loss, metrics = loss + self.config.place_weight * error, metrics | errors
         if self.config.picture_weight:
-            pictures, errors = self._picture_loss(said, batch, images)
-            loss, metrics = loss + self.config.picture_weight * pictures, metrics | errors
+            error, errors = self._picture_loss(said, batch, images)
+            loss, metrics = loss + self.config.picture_weight * error, metrics | errors
         return Update(loss, metrics)
 
-    def _say(self, pictures: Tensor, keypoints: Tensor, tokens: Tensor) -> Said:
+    def _say(self, pictures: Tensor, keypoints: Tensor, tokens: Tensor, fields: Tensor) -> Said:
         """One sample's answers: pictures (1 + f, 3, s, s) in [-1, 1], the first being the portrait."""
+        drawn = draw_keypoints(keypoints[1:], self.model.size_px, self.model.keypoints)
+        portrait = pictures[0] / 2 + 0.5
+        return self._mover().say(drawn, portrait, keypoints[0], keypoints[1:], tokens[0], tokens[1:], fields)
+
+    def _mover(self) -> Mover:
         mover = self.network("pose_guider", PoseGuider).mover
         assert mover is not None
-        drawn = draw_keypoints(keypoints[1:], self.model.size_px, self.model.keypoints)
-        return mover.say(drawn, pictures[0] / 2 + 0.5, keypoints[0], keypoints[1:], tokens[0], tokens[1:])
+        return mover
+
+    def _expression_loss(
+        self, batch: Batch, keypoints: Tensor, tokens: Tensor, fields: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        expressions, seen = self._mover().expressions, []
+        for points, own, field in zip(bounded(keypoints[:, 0]), tokens, fields, strict=True):
+            told = expressions.told(field, own[0], own[1:])
+            everywhere = cells(self.side, points).expand(len(told), -1, -1, -1)
+            seen.append(seen_at(told, everywhere, points))
+        boxes = repeat(torch.from_numpy(batch.boxes[:, 0]), "b k c -> (b f) k c", f=tokens.shape[1] - 1)
+        parts = box_mask(boxes[:, 1:].to(self.device), self.model.size_px, self.side).amax(1)
+        return expression_loss(torch.cat(seen), batch, 1 + PARTS_WEIGHT * parts)
 
     def _weights(self, batch: Batch, side: int) -> Tensor:
         """(b · f, 1, side, side) of the target frames' cells: face, and eyes and mouth more."""
@@ -92,21 +130,32 @@ class MoverPhase(AnimationPhase):
         return loss, metrics
 
 
+def expression_loss(seen: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Errors of what `seen_at` says of the cells of all portraits, (b · f, 6, g, g), by weights (b · f, g, g): of
+    places (as in `cells_off`), and of which cells are inside an open mouth or eye."""
+    pulled, opened, _ = seen.split((2, 1, 3), dim=1)
+    truth = [true_expressions(batch, index, weights.shape[-1]) for index in range(len(batch.pixels))]
+    shifts, kinds = (torch.from_numpy(np.concatenate(part)).to(seen.device) for part in zip(*truth, strict=True))
+    pulled = rearrange(pulled, "n c h w -> n h w c")
+    error = cells_off(pulled, shifts, weights * (kinds == HEAD), EXPRESSIONS_SQUARED_WITHIN)
+    logits = opened[:, 0] + FIRST_SHARES[PAINTED] - FIRST_SHARES[AT_HEAD]
+    is_inside = (kinds == INSIDE).float()
+    missed = F.binary_cross_entropy_with_logits(logits, is_inside, weights, reduction="sum") / weights.sum()
+    return error + missed, {"expressions": error.detach(), "opened": missed.detach()}
+
+
 def place_loss(said: list[Said], batch: Batch, images: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Errors of places (in cells), of shares and of paint; images (b, 1 + f, 3, s, s) in [0, 1]. The truth is asked for
-    in the cells of `weights` (b · f, 1, g, g), over which what is said more finely is averaged."""
+    """Errors of places (in cells), of shares and of paint, in the cells of `weights` (b · f, 1, g, g); images
+    (b, 1 + f, 3, s, s) in [0, 1]."""
     side = weights.shape[-1]
     truth = [true_places(batch, index, side) for index in range(len(said))]
     stacked = (np.concatenate(part) for part in zip(*truth, strict=True))
     shift, kinds, shown_by = (torch.from_numpy(part).to(images.device) for part in stacked)
-    head, beside = (
-        in_cells([rearrange(getattr(one, name), "n h w c -> n c h w") for one in said], side)
-        for name in ("head", "beside")
-    )
+    head, beside = (torch.cat([getattr(one, name) for one in said]) for name in ("head", "beside"))
     weights = rearrange(weights, "n 1 h w -> n h w")
     head_error = cells_off(head, shift, weights * (kinds == HEAD))
     beside_error = cells_off(beside, shift, weights * (shown_by == BESIDE))
-    shares = in_cells([one.shares for one in said], side)
+    shares = torch.cat([one.shares for one in said])
     wrong = F.cross_entropy(shares, shown_by, ignore_index=UNKNOWN, reduction="none")
     share_error = (wrong * weights).sum() / (weights * (shown_by != UNKNOWN)).sum().clamp(min=1)
     paint = torch.cat([one.paint for one in said])
@@ -117,18 +166,26 @@ def place_loss(said: list[Said], batch: Batch, images: Tensor, weights: Tensor) 
     return loss, {name: error.detach() for name, error in metrics.items()}
 
 
-def in_cells(parts: list[Tensor], side: int) -> Tensor:
-    """(n, c, side, side) of parts (f, c, g, g), averaged."""
-    return F.adaptive_avg_pool2d(torch.cat(parts), side)
-
-
-def cells_off(said: Tensor, true: Tensor, weights: Tensor) -> Tensor:
-    """Mean (Huber) distance in cells of places (n, 2, g, g) from true ones (n, g, g, 2), by weights (n, g, g), 0 where
-    nothing is known; 0 where nothing at all is."""
-    cells = weights.shape[-1] / 2
-    true = rearrange(true, "n h w c -> n c h w")
-    error = F.smooth_l1_loss(said * cells, true * cells, reduction="none").sum(1)
+def cells_off(said: Tensor, true: Tensor, weights: Tensor, squared_within: float = SQUARED_WITHIN) -> Tensor:
+    """Mean (Huber) distance in cells of places (n, g, g, 2) from true ones, by weights (n, g, g), 0 where nothing is
+    known; 0 where nothing at all is. Up to `squared_within` cells d count as d² / (2 · squared_within)."""
+    per_half = weights.shape[-1] / 2
+    error = F.smooth_l1_loss(said * per_half, true * per_half, beta=squared_within, reduction="none").sum(-1)
     return (error * weights).sum() / weights.sum().clamp(min=1)
+
+
+def true_expressions(batch: Batch, index: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """What is true of a sample's portrait with the expressions of its target frames: shifts (f, g, g, 2) and kinds
+    (f, g, g)."""
+    assert batch.people is not None
+    person, own = sample_identity(int(batch.people[index])), batch.motions[index, 0]
+    portrait = from_array(own)
+    expressions = (
+        from_array(np.concatenate([own[:FIRST_EXPRESSION], row[FIRST_EXPRESSION:]])) for row in batch.motions[index, 1:]
+    )
+    told = [sources(person, portrait, motion, side) for motion in expressions]
+    shifts, kinds = (np.stack(part) for part in zip(*told, strict=True))
+    return shifts, kinds
 
 
 def true_places(batch: Batch, index: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -142,10 +199,10 @@ def true_places(batch: Batch, index: int, side: int) -> tuple[np.ndarray, np.nda
     told = [sources(person, portrait, motion, side) for motion in motions]
     shifts, kinds = (np.stack(part) for part in zip(*told, strict=True))
     shown_by = np.where(kinds == HEAD, AT_HEAD, BESIDE)
-    cells = repeat(np.arange(side), "g -> h g", h=side)
+    column = repeat(np.arange(side), "g -> h g", h=side)
     from_x, from_y = (
         np.clip(np.round(place + shifts[..., axis] * side / 2).astype(int), 0, side - 1)
-        for axis, place in enumerate((cells, cells.T))
+        for axis, place in enumerate((column, column.T))
     )
     from_head = before[from_y, from_x] == HEAD
     hidden = from_head & (kinds != HEAD)

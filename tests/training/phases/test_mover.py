@@ -14,8 +14,19 @@ from stages.errors import BadConfig
 from stages.networks.mover import Said
 from training.clips import Batch
 from training.handover import load_networks
+from training.known import FIRST_EXPRESSION
 from training.phases.build import build_phase, networks_of
-from training.phases.mover import AT_HEAD, BESIDE, PAINTED, UNKNOWN, cells_off, place_loss, true_places
+from training.phases.mover import (
+    AT_HEAD,
+    BESIDE,
+    PAINTED,
+    UNKNOWN,
+    cells_off,
+    expression_loss,
+    place_loss,
+    true_expressions,
+    true_places,
+)
 from training.phases.phase import draws
 from training.places import HEAD, INSIDE
 from training.recipes import changed, smoke
@@ -47,15 +58,45 @@ def test_true_places_teach_what_pictures_of_another_moment_show(batch: Batch):
     assert (shown_by == PAINTED).any() and (shown_by == BESIDE).any() and (shown_by == UNKNOWN).any()
 
 
+def test_expressions_are_asked_for_where_the_portraits_head_is(batch: Batch):
+    shifts, kinds = true_expressions(batch, 0, 64)
+    assert shifts.shape == (5, 64, 64, 2) and kinds.shape == (5, 64, 64)
+    unmoved, portrait = batch.motions.copy(), batch.motions[:, :1]
+    unmoved[..., FIRST_EXPRESSION:] = portrait[..., FIRST_EXPRESSION:]
+    still, same = true_expressions(dataclasses.replace(batch, motions=unmoved), 0, 64)
+    head = same[0] == HEAD
+    assert np.abs(still[:, head]).max() < 1e-5
+    assert (np.abs(shifts[:, head]).max(-1) > 0.5 / 64).mean() > 0.005
+    turned = batch.motions.copy()
+    turned[:, 1:, :FIRST_EXPRESSION] += 5
+    elsewhere, _ = true_expressions(dataclasses.replace(batch, motions=turned), 0, 64)
+    np.testing.assert_array_equal(elsewhere, shifts)
+
+
+def test_perfect_expressions_cost_nothing_and_others_by_the_weights_of_their_cells(batch: Batch):
+    seen = torch.zeros(10, 6, 16, 16)
+    for index in range(2):
+        shifts, kinds = (torch.from_numpy(part) for part in true_expressions(batch, index, 16))
+        part = seen[5 * index : 5 * index + 5]
+        part[:, :2] = rearrange(shifts, "f h w c -> f c h w")
+        part[:, 2] = torch.where(kinds == INSIDE, 60.0, -60.0)
+    even = torch.ones(10, 16, 16)
+    assert float(expression_loss(seen, batch, even)[0]) < 1e-6
+    seen[:, 0] += 0.1 * torch.eye(16)
+    corner = even.clone()
+    corner[:, 8:, 8:] = 9.0
+    errors = [float(expression_loss(seen, batch, weights)[1]["expressions"]) for weights in (even, corner)]
+    assert 0 < errors[0] != pytest.approx(errors[1], rel=1e-3)
+
+
 def perfect(batch: Batch) -> list[Said]:
-    """Everything as `true_places` has it, in cells twice as fine."""
+    """Everything as `true_places` has it."""
     said = []
     for index in range(2):
         shifts, _, shown_by = (torch.from_numpy(part) for part in true_places(batch, index, 16))
-        shares = 50.0 * F.one_hot(shown_by.clamp(min=0), 3)
-        fine = [torch.kron(part, torch.ones(1, 2, 2, 1)) for part in (shifts, shares)]
-        colours = torch.zeros(5, 3, 32, 32)
-        said.append(Said(fine[0], fine[0], colours, rearrange(fine[1], "f h w c -> f c h w"), colours))
+        shares = rearrange(50.0 * F.one_hot(shown_by.clamp(min=0), 3), "f h w c -> f c h w")
+        colours = torch.zeros(5, 3, 16, 16)
+        said.append(Said(shifts, shifts, colours, shares, colours))
     return said
 
 
@@ -66,7 +107,7 @@ def test_perfect_places_cost_nothing(batch: Batch):
 
 def test_errors_count_by_the_weights_of_their_cells(batch: Batch):
     wrong = [
-        dataclasses.replace(said, head=said.head + 0.1 * torch.eye(32)[None, :, :, None]) for said in perfect(batch)
+        dataclasses.replace(said, head=said.head + 0.1 * torch.eye(16)[None, :, :, None]) for said in perfect(batch)
     ]
     corner = torch.ones(10, 1, 16, 16)
     corner[..., 8:, 8:] = 9.0
@@ -78,19 +119,32 @@ def test_errors_count_by_the_weights_of_their_cells(batch: Batch):
 
 
 def test_places_of_which_none_is_known_cost_nothing():
-    places = torch.ones(1, 2, 4, 4)
+    places = torch.ones(1, 4, 4, 2)
     assert float(cells_off(places, torch.zeros(1, 4, 4, 2), torch.zeros(1, 4, 4))) == 0
 
 
 def test_filmed_clips_are_learned_from_their_pictures_alone(build, batch: Batch):
     filmed = dataclasses.replace(batch, people=np.full(2, -1))
     metrics = build("mover", poses="extractor", expressions="encoder")(filmed, draws(0, 0, 0, 0), 0, 0, None).metrics
-    assert "psnr_db" in metrics and "head_cells" not in metrics
+    assert "psnr_db" in metrics and not {"head_cells", "expressions"} & set(metrics)
+    with pytest.raises(BadConfig, match="picture_weight"):
+        build("mover", poses="extractor", expressions="encoder", picture_weight=0.0)(
+            filmed, draws(0, 0, 0, 0), 0, 0, None
+        )
 
 
 def test_without_a_picture_loss_only_places_are_learned(build, batch: Batch):
     metrics = build("mover", picture_weight=0.0)(batch, draws(0, 0, 0, 0), 0, 0, None).metrics
-    assert "head_cells" in metrics and "psnr_db" not in metrics
+    assert {"head_cells", "expressions"} <= set(metrics) and "psnr_db" not in metrics
+
+
+def test_expressions_can_be_learned_alone(build, learn, batch: Batch):
+    alone = {"place_weight": 0.0, "picture_weight": 0.0, "trained_parts": ("pose_guider.mover.expressions.",)}
+    phase = build("mover", **alone)
+    losses = learn(phase, batch, 15)
+    assert losses[-1] < 0.9 * losses[0]
+    metrics = phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics
+    assert set(metrics) == {"expressions", "opened"}
 
 
 def test_the_portrait_at_its_own_motion_is_nearly_right_from_the_start(build, batch: Batch):
@@ -105,7 +159,7 @@ def test_the_portrait_at_its_own_motion_is_nearly_right_from_the_start(build, ba
 
 
 def test_a_model_without_one_is_refused():
-    recipe = changed(smoke(), {"model.pose_guider.mover_channels": []})
+    recipe = changed(smoke(), {"model.pose_guider.mover_channels": [], "model.pose_guider.expression_channels": []})
     networks = load_networks(networks_of("mover"), recipe.model, None, 0, True)
     with pytest.raises(BadConfig, match="leave it out"):
         build_phase("mover", recipe, networks, torch.device("cpu"))
