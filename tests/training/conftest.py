@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
 from stages.config import ModelConfig
+from stages.weights import NETWORKS
 from training.clips import Batch
 from training.draw import pose_motions, talk_motions
 from training.identity import sample_identity
@@ -32,6 +37,26 @@ def batch() -> Batch:
 def clip() -> Batch:
     """One person, a reference and ten frames that follow each other."""
     return drawn_batch({43: talk_motions}, 11)
+
+
+@pytest.fixture(scope="session")
+def face_finders(config: ModelConfig) -> Callable[[int], dict[str, Any]]:
+    """face_finders(seed): random networks by name, but a keypoint extractor that finds a face in the middle of
+    everything."""
+
+    def make(seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        networks: dict[str, Any] = {name: build(config) for name, build in NETWORKS.items()}
+        extractor = networks["keypoint_extractor"]
+        with torch.no_grad():
+            for layer in (extractor.fc_kp, extractor.fc_t, extractor.fc_scale):
+                layer.weight.mul_(0.01)
+                layer.bias.zero_()
+            extractor.fc_kp.bias.copy_(torch.from_numpy(canonical_keypoints(sample_identity(1)).flatten()))
+            extractor.fc_scale.bias.fill_(0.6)
+        return networks
+
+    return make
 
 
 def drawn_batch(people: dict, num_pictures: int) -> Batch:

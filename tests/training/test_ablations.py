@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from stages.config import ModelConfig, load_config
-from stages.weights import NETWORKS, save_folder
+from stages.weights import save_folder
 from training.ablations import main
 from training.draw import Plan, draw_clip
-from training.identity import sample_identity
 from training.layout import Manifest, write_manifest
 from training.paper import COLUMNS
-from training.world import canonical_keypoints
 
 SHORT = (
     "--set",
@@ -35,18 +31,9 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def weights(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random networks, but a keypoint extractor that finds a face in the middle of everything."""
-    torch.manual_seed(0)
-    networks = {name: build(config) for name, build in NETWORKS.items()}
-    extractor: Any = networks["keypoint_extractor"].requires_grad_(False)
-    for layer in (extractor.fc_kp, extractor.fc_t, extractor.fc_scale):
-        layer.weight.mul_(0.01)
-        layer.bias.zero_()
-    extractor.fc_kp.bias.copy_(torch.from_numpy(canonical_keypoints(sample_identity(1)).flatten()))
-    extractor.fc_scale.bias.fill_(0.6)
+def weights(config: ModelConfig, face_finders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights")
-    save_folder(path, config, {name: network.state_dict() for name, network in networks.items()})
+    save_folder(path, config, {name: network.state_dict() for name, network in face_finders(0).items()})
     return path
 
 

@@ -10,26 +10,16 @@ from stages.config import ModelConfig
 from stages.messages import Pixels
 from stages.pipeline import Stages, load_stages
 from stages.pipeline import animate as pipeline_animate
-from stages.weights import NETWORKS, save_folder
+from stages.weights import save_folder
 from training.answers import answer, answer_shuffled, in_chunks, model_fps, reconstruct, stream
-from training.identity import sample_identity
 from training.trials import make_cast
-from training.world import canonical_keypoints, render
+from training.world import render
 
 
 @pytest.fixture(scope="module")
-def stages(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    """Random networks, but a keypoint extractor that finds a face in the middle of everything."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(1)
-    networks = {name: build(config) for name, build in NETWORKS.items()}
+def stages(config: ModelConfig, face_finders, tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    folder, networks = tmp_path_factory.mktemp("weights"), face_finders(1)
     with torch.no_grad():
-        extractor = networks["keypoint_extractor"]
-        for layer in (extractor.fc_kp, extractor.fc_t, extractor.fc_scale):
-            layer.weight.mul_(0.01)
-            layer.bias.zero_()
-        extractor.fc_kp.bias.copy_(torch.from_numpy(canonical_keypoints(sample_identity(1)).flatten()))
-        extractor.fc_scale.bias.fill_(0.6)
         for name in ("motion_encoder", "denoising_unet"):  # some of whose layers start at zero
             for parameter in networks[name].parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))

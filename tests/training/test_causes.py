@@ -7,32 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from stages.config import ModelConfig
 from stages.pipeline import Stages, load_stages
-from stages.weights import NETWORKS, save_folder
+from stages.weights import save_folder
 from training.answers import tailed_motions
 from training.causes import Drive, chunks_of, found, known, main, moved
-from training.identity import sample_identity
 from training.trials import draw_trial, make_cast, project_all
-from training.world import canonical_keypoints
 
 
 @pytest.fixture(scope="module")
-def weights(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random networks, but a keypoint extractor that finds a face in the middle of everything."""
+def weights(config: ModelConfig, face_finders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(1)
-    networks = {name: build(config) for name, build in NETWORKS.items()}
-    with torch.no_grad():
-        extractor = networks["keypoint_extractor"]
-        for layer in (extractor.fc_kp, extractor.fc_t, extractor.fc_scale):
-            layer.weight.mul_(0.01)
-            layer.bias.zero_()
-        extractor.fc_kp.bias.copy_(torch.from_numpy(canonical_keypoints(sample_identity(1)).flatten()))
-        extractor.fc_scale.bias.fill_(0.6)
-    save_folder(folder, config, {name: network.state_dict() for name, network in networks.items()})
+    save_folder(folder, config, {name: network.state_dict() for name, network in face_finders(1).items()})
     return folder
 
 
