@@ -161,6 +161,11 @@ def test_a_whole_number_may_stand_where_a_fraction_is_meant():
         ("vae", {"latent_patch": 1, "pixel_patch": 4}, ["unet.in_channels 12", "latent_patch"]),
         ("pose_guider", {"channels": (4, 6, 10)}, ["pose guider shrinks by 4", "VAE by 8"]),
         ("pose_guider", {"pixel_patch": 3}, ["pose guider shrinks by 24", "VAE by 8"]),
+        (
+            "pose_guider",
+            {"pixel_patch": 2, "channels": (4, 6, 10), "shows_portrait": True, "mover_channels": (4, 8)},
+            ["expression_channels are two numbers"],
+        ),
         ("unet", {"attention_levels": (False, False, False)}, ["unet.attention_levels", "portrait"]),
         ("unet", {"attention_levels": (True, True)}, ["unet.attention_levels", "block"]),
         ("unet", {"max_positions": 5}, ["6 window frames", "unet.max_positions 5"]),
