@@ -59,5 +59,5 @@ def _turned(
     if mover is None:
         return moved(portrait.picture, portrait.keypoints, keypoints, config.pose_guider.head)
     # Rounded as where the motion stage has moved it.
-    fields = mover.fields(portrait.picture, portrait.keypoints, portrait.tokens).half()
-    return mover(drawn, portrait.picture, portrait.keypoints, keypoints, portrait.tokens, tokens, fields).half().float()
+    looked = mover.look(portrait.picture, portrait.keypoints, portrait.tokens).half()
+    return mover(drawn, portrait.picture, portrait.keypoints, keypoints, portrait.tokens, tokens, looked).half().float()

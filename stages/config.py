@@ -30,7 +30,7 @@ MAY_BE_ZERO = {
     "pose_guider.head.margin",
     "keypoints.gathered_cells",
 }
-MAY_BE_EMPTY = {"pose_guider.mover_channels", "pose_guider.expression_channels"}
+MAY_BE_EMPTY = {"pose_guider.mover_channels", "pose_guider.expression_channels", "pose_guider.depth_channels"}
 MAY_BE_NEGATIVE = {"pose_guider.head.centre"}
 """Every other number of a config is more than 0."""
 
@@ -142,6 +142,8 @@ class PoseGuiderConfig:
     expression_channels: tuple[int, ...] = ()
     """Widths of the part of it that looks at the portrait's face for what expressions do to it
     (`stages.networks.expressions`), at its own cells and at coarser ones."""
+    depth_channels: tuple[int, ...] = ()
+    """The same of the part that looks at the portrait for its depths (`stages.networks.depths`)."""
 
     @property
     def canvas_channels(self) -> int:
@@ -273,9 +275,12 @@ def check_config(config: ModelConfig) -> None:
             len(guider.mover_channels) not in (0, 2) or (guider.mover_channels and not guider.shows_portrait),
             "pose_guider.mover_channels are two numbers, and need pose_guider.shows_portrait",
         ),
-        (
-            len(guider.expression_channels) != len(guider.mover_channels),
-            "pose_guider.expression_channels are two numbers where there are mover_channels, and else none",
+        *(
+            (
+                len(getattr(guider, name)) != len(guider.mover_channels),
+                f"pose_guider.{name} are two numbers where there are mover_channels, and else none",
+            )
+            for name in ("expression_channels", "depth_channels")
         ),
         (
             guider.mover_channels and config.size_px % (2 * guider.head.grid_px),

@@ -49,9 +49,10 @@ class MotionState:
     """(s, s, 3) the portrait, only for a model whose motion stage moves it (`PoseGuiderConfig.mover_channels`)."""
     own_keypoints: Floats | None = None
     """(K, 3) of the portrait, with which the first chunk begins; likewise."""
+    depths: NDArray[np.float16] | None = None
+    """(2, h, h) of the portrait's head (`stages.networks.depths`), known from the first chunk on; likewise."""
     fields: NDArray[np.float16] | None = None
-    """(fields, told, g, g) what expressions can do to this portrait (`stages.networks.expressions`), known from the
-    first chunk on; likewise."""
+    """(fields, told, g, g) what expressions can do to this portrait (`stages.networks.expressions`); likewise."""
 
 
 @dataclass(frozen=True)

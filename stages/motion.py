@@ -33,6 +33,7 @@ from stages.keypoints import (
 from stages.messages import Floats, MotionChunk, MotionState, Pixels, Pose
 from stages.networks.keypoint_extractor import KeypointExtractor
 from stages.networks.motion_encoder import MotionEncoder
+from stages.networks.mover import Looked
 from stages.networks.pose_guider import PoseGuider
 
 
@@ -91,11 +92,12 @@ class MotionStage:
         parts = (picture, own, chunk.keypoints, state.portrait_tokens, chunk.tokens)
         portrait, start, end, own_tokens, tokens = (torch.from_numpy(part).to(device) for part in parts)
         drawn = draw(end, self.config.size_px, self.config.keypoints)
-        fields = state.fields
-        if fields is None:
-            fields = mover.fields(portrait, start, own_tokens).half().cpu().numpy()
-        moved = mover(drawn, portrait, start, end, own_tokens, tokens, torch.from_numpy(fields).to(device))
-        return replace(state, own_keypoints=own, fields=fields), replace(chunk, moved=moved.half().cpu().numpy())
+        if state.depths is None or state.fields is None:
+            looked = mover.look(portrait, start, own_tokens).half()
+            state = replace(state, depths=looked.depths.cpu().numpy(), fields=looked.fields.cpu().numpy())
+        looked = Looked(*(torch.from_numpy(part).to(device) for part in (state.depths, state.fields)))
+        moved = mover(drawn, portrait, start, end, own_tokens, tokens, looked)
+        return replace(state, own_keypoints=own), replace(chunk, moved=moved.half().cpu().numpy())
 
     def _poses(self, pictures: Tensor) -> Pose:
         parameter = next(self.keypoint_extractor.parameters())

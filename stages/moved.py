@@ -34,11 +34,12 @@ def looked_up(portrait: Tensor, coarse: Tensor) -> Tensor:
     return looked_up_at(portrait, grown(rearrange(coarse, "n h w c -> n c h w"), portrait.shape[-1]))
 
 
-def looked_up_at(portrait: Tensor, shift: Tensor) -> Tensor:
-    """The same with a shift (n, 2, s, s) for every pixel."""
+def looked_up_at(portrait: Tensor, shift: Tensor, mode: str = "bilinear") -> Tensor:
+    """The same with a shift (n, 2, s, s) for every pixel. Between pixels `bicubic` keeps more of what is fine, and may
+    overshoot."""
     grid = cells(portrait.shape[-1], portrait) + rearrange(shift, "n c h w -> n h w c")
     pictures = portrait[None].expand(len(shift), -1, -1, -1)
-    return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return F.grid_sample(pictures, grid, mode=mode, padding_mode="border", align_corners=False)
 
 
 def grown(x: Tensor, side: int) -> Tensor:
@@ -56,6 +57,12 @@ def cells(side: int, like: Tensor) -> Tensor:
     """(side, side, 2): x and y of the middles of a picture's cells, [-1, 1] across, on the device of `like`."""
     line = (torch.arange(side, dtype=torch.float32, device=like.device) + 0.5) * 2 / side - 1
     return torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+
+
+def spread(keypoints: Tensor) -> Tensor:
+    """(...) the root mean square distance of keypoints (..., K, 3) from their middle."""
+    away = keypoints - keypoints.mean(-2, keepdim=True)
+    return away.square().sum(-1).mean(-1).sqrt().clamp(min=MIN_SIZE)
 
 
 def relative_turn(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +86,7 @@ def shifts(start: Tensor, end: Tensor, side: int, head: HeadConfig) -> Tensor:
 
 def _shifts(start: Tensor, end: Tensor, side: int, head: HeadConfig) -> Tensor:
     turn, scale = relative_turn(start, end)
-    unit = (start - start.mean(0)).square().sum(1).mean().sqrt().clamp(min=MIN_SIZE)
+    unit = spread(start)
     offset, radii = (torch.tensor(part, device=start.device) * unit for part in (head.centre, head.radii))
     middle = end.mean(1) + scale[:, None] * torch.einsum("nij,j->ni", turn, offset)
     grid = cells(side, start)

@@ -1,4 +1,4 @@
-"""Where everything in a drawn picture is from: the exact answer to what `stages.networks.mover` has to say.
+"""Where everything in a drawn picture is: the exact answers to what `stages.networks.mover` and its parts have to say.
 
 Called by phase `mover`. Pictures are seen in g x g cells; places are [-1, 1] across the picture, x right, y down.
 """
@@ -36,6 +36,14 @@ def sources(identity: Identity, portrait: Motion, motion: Motion, side: int) -> 
     body = _foot(portrait, make_scene(identity, portrait, 1)) - _foot(motion, scene)
     shift = np.where((kinds == HEAD)[..., None], head, 0) + np.where((kinds == BODY)[..., None], body, 0)
     return shift.astype(np.float32), kinds
+
+
+def head_depths(identity: Identity, motion: Motion, side: int) -> tuple[Map, Map]:
+    """Depths (g, g) of the head in half picture sides, away from the viewer and relative to the head's own middle, 0
+    where there is no head; and where it is, (g, g) bool."""
+    kinds, local = _seen(make_scene(identity, motion, side), motion)
+    turn = rotation(motion.pitch, motion.yaw, motion.roll).astype(np.float32)
+    return (local @ turn[2]) * np.float32(motion.scale), kinds == HEAD
 
 
 def _foot(motion: Motion, scene: Scene) -> Map:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.config import ModelConfig
-from stages.moved import MIN_SIZE, cells
+from stages.moved import cells, spread
 from stages.networks.layers import ResnetBlock
 from stages.networks.vae import fold
 
@@ -94,9 +94,7 @@ class Expressions(nn.Module):
 
 def square(keypoints: Tensor) -> tuple[Tensor, Tensor]:
     """Centre (2,) and half side () of the square in which a face with keypoints (K, 3) is looked at."""
-    centre = keypoints.mean(0)
-    spread = (keypoints - centre).square().sum(1).mean().sqrt().clamp(min=MIN_SIZE)
-    return centre[:2], REACH * spread
+    return keypoints.mean(0)[:2], REACH * spread(keypoints)
 
 
 def seen_at(told: Tensor, places: Tensor, keypoints: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Mover: the portrait as a frame's keypoints and motion tokens move it, by places that a small network says.
 
-Called by the motion stage, by `stages.canvas` and by phase `mover`. `stages.moved` gives the first guess, a head that
-turns as an ellipsoid; this network looks at the guess and says how the places in it are wrong, what lies beside the
-head, and where neither helps it paints. What expressions do to the face is added (`stages.networks.expressions`).
-Places are looked up, not drawn: so a small network moves sharp details.
+Called by the motion stage, by `stages.canvas` and by phase `mover`. A portrait is looked at once, for the depths of its
+head and for what expressions do to it. With its depths it turns (`stages.surface`; what it hides turns as an ellipsoid,
+`stages.moved`): the first guess. This network looks at the guess and says how the places in it are wrong, what lies
+beside the head, and where neither helps it paints. Places are looked up, not drawn: so a small network moves sharp
+details.
 """
 
 from __future__ import annotations
@@ -17,19 +18,37 @@ from torch.nn import functional as F
 
 from stages.config import HeadConfig, ModelConfig
 from stages.moved import bounded, cells, grown, looked_up, looked_up_at, shifts
+from stages.networks.depths import Depths
 from stages.networks.expressions import Expressions, seen_at
 from stages.networks.layers import ResnetBlock
 from stages.networks.vae import fold, unfold
+from stages.surface import Turned, turned
 
 SPLIT = (2, 2, 3, 3, 3)
 """Channels that the network says per place: shifts of the head, of what is beside it, paint, how much of each, tint."""
 NUM_SAID = sum(SPLIT)
+NUM_GUESSED = 9
+"""Channels of the guess beside pictures: shift, whether the portrait shows it, directions before and after."""
 FINER = 2
 """Cells that the network speaks of, along one cell of its guess: an iris moves by less than the latter."""
 FIRST_SHARES = (4.0, 0.0, -3.0)
 """Logits of head, beside it and paint before anything is learned."""
 MAX_SHIFT = 1.0
 """Half picture sides; no place is looked up farther from where the guess has it."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a look at a portrait has found, for all frames."""
+
+    depths: Tensor
+    """(2, h, h) as `stages.networks.depths` gives them."""
+    fields: Tensor
+    """(fields, told, g, g) as `stages.networks.expressions` gives them."""
+
+    def half(self) -> Looked:
+        """As it is kept between chunks."""
+        return Looked(self.depths.half(), self.fields.half())
 
 
 @dataclass(frozen=True)
@@ -62,7 +81,7 @@ class Mover(nn.Module):
         self.known = nn.Sequential(
             nn.Linear(num_tokens + 6 * num_keypoints, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
-        self.conv_in = nn.Conv2d(9 * patch**2 + 2, fine, 3, stride=2, padding=1)
+        self.conv_in = nn.Conv2d(9 * patch**2 + NUM_GUESSED, fine, 3, stride=2, padding=1)
         self.down = ResnetBlock(fine, fine, width, num_groups)
         self.halve = nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
         self.middle = nn.ModuleList([ResnetBlock(coarse, coarse, width, num_groups) for _ in range(2)])
@@ -71,12 +90,14 @@ class Mover(nn.Module):
         self.conv_out = nn.Conv2d(fine, (2 * FINER) ** 2 * NUM_SAID, 3, padding=1)
         for parameter in self.conv_out.parameters():
             nn.init.zeros_(parameter)
+        self.depths = Depths(config)
         self.expressions = Expressions(config)
 
-    def fields(self, portrait: Tensor, start: Tensor, own_tokens: Tensor) -> Tensor:
-        """What expressions can do to a portrait (3, s, s) with its keypoints (K, 3) and tokens (T, D): looked at once,
-        since it holds for all frames."""
-        return self.expressions.fields(portrait.float(), bounded(start), own_tokens)
+    def look(self, portrait: Tensor, start: Tensor, own_tokens: Tensor) -> Looked:
+        """At a portrait (3, s, s) in [0, 1] with its keypoints (K, 3) and tokens (T, D)."""
+        portrait, start = portrait.float(), bounded(start)
+        depths = self.depths(portrait[None], start[None])[0]
+        return Looked(depths, self.expressions.fields(portrait, start, own_tokens))
 
     def forward(
         self,
@@ -86,11 +107,11 @@ class Mover(nn.Module):
         end: Tensor,
         own_tokens: Tensor,
         tokens: Tensor,
-        fields: Tensor,
+        looked: Looked,
     ) -> Tensor:
         """drawn (n, 3, s, s) keypoints in [0, 1]; the portrait's keypoints (K, 3) and tokens (T, D), and the frames'
-        (n, K, 3) and (n, T, D); the portrait's `fields`. Places are calculated in fp32 whatever the weights are."""
-        return composed(portrait.float(), self.say(drawn, portrait, start, end, own_tokens, tokens, fields))
+        (n, K, 3) and (n, T, D); what `look` found. Places are calculated in fp32 whatever the weights are."""
+        return composed(portrait.float(), self.say(drawn, portrait, start, end, own_tokens, tokens, looked))
 
     def say(
         self,
@@ -100,23 +121,25 @@ class Mover(nn.Module):
         end: Tensor,
         own_tokens: Tensor,
         tokens: Tensor,
-        fields: Tensor,
+        looked: Looked,
     ) -> Said:
         """What `forward` composes its pictures of, from the same."""
         portrait, start, end = portrait.float(), bounded(start), bounded(end)
-        guess = shifts(start, end, portrait.shape[-1] // self.head.grid_px, self.head)
+        guess, found = first_guess(
+            looked.depths.float(), start, end, portrait.shape[-1] // self.head.grid_px, self.head
+        )
         guessed = looked_up(portrait, guess)
-        seen = torch.cat([drawn.float(), guessed, portrait.expand_as(guessed)], 1)
+        shown = torch.cat([drawn.float(), guessed, portrait.expand_as(guessed)], 1)
         own, flat = own_tokens.float().expand_as(tokens).flatten(1), tokens.float().flatten(1)
         given = torch.cat([own, flat, start.expand_as(end).flatten(1), end.flatten(1)], 1)
-        told = self.expressions.told(fields, own_tokens, tokens)
-        return meant(guess, self._said(seen, guess, given), told, start)
+        told = self.expressions.told(looked.fields, own_tokens, tokens)
+        guessed_at = torch.cat([rearrange(guess, "n h w c -> n c h w"), found.seen[:, None], found.normals], 1)
+        return meant(guess, self._said(shown, guessed_at, given), told, start)
 
-    def _said(self, seen: Tensor, guess: Tensor, given: Tensor) -> Tensor:
-        """(n, NUM_SAID, g, g) in fp32, g being `FINER` times the grid of `guess` (n, h, h, 2)."""
+    def _said(self, shown: Tensor, guessed_at: Tensor, given: Tensor) -> Tensor:
+        """(n, NUM_SAID, g, g) in fp32, g being `FINER` times the grid of `guessed_at` (n, NUM_GUESSED, h, h)."""
         dtype = self.conv_in.weight.dtype
-        shift = rearrange(guess, "n h w c -> n c h w")
-        picture = torch.cat([fold(seen.to(dtype), self.head.grid_px), shift.to(dtype)], 1)
+        picture = torch.cat([fold(shown.to(dtype), self.head.grid_px), guessed_at.to(dtype)], 1)
         known = self.known(given.to(dtype))
         fine = self.down(F.silu(self.conv_in(picture)), known)
         coarse = self.halve(fine)
@@ -127,18 +150,26 @@ class Mover(nn.Module):
         return unfold(self.conv_out(F.silu(self.norm_out(x))), 2 * FINER).float()
 
 
+def first_guess(depths: Tensor, start: Tensor, end: Tensor, side: int, head: HeadConfig) -> tuple[Tensor, Turned]:
+    """(n, side, side, 2) how far from every cell of n frames lies the place in the portrait that it shows, and what of
+    it is known by the portrait's depths (2, h, h); the rest turns as an ellipsoid."""
+    depth, is_head = depths
+    found = turned(depth, is_head > 0, start, end, side)
+    return torch.where(found.seen[..., None] > 0, found.shift, shifts(start, end, side, head)), found
+
+
 def meant(guess: Tensor, said: Tensor, told: Tensor, start: Tensor) -> Said:
     """What the network's channels (n, NUM_SAID, g, g) mean, given the first guess (n, h, h, 2) and what
     `Expressions.told` says of the portrait, whose keypoints are `start`."""
     head, beside, paint, shares, tint = said.split(SPLIT, dim=1)
     first = torch.tensor(FIRST_SHARES, device=said.device)[:, None, None]
     fine = rearrange(grown(rearrange(guess, "n h w c -> n c h w"), said.shape[-1]), "n c h w -> n h w c")
-    turned = fine + _shift(head)
-    pulled, opened, colours = seen_at(told, cells(said.shape[-1], turned) + turned, start).split((2, 1, 3), dim=1)
+    at_head = fine + _shift(head)
+    pulled, opened, colours = seen_at(told, cells(said.shape[-1], at_head) + at_head, start).split((2, 1, 3), dim=1)
     # Of the three shares, paint's is the last.
     shares = shares + first + F.pad(opened, (0, 0, 0, 0, 2, 0))
     paint = (paint + colours).sigmoid()
-    return Said(turned + rearrange(pulled, "n c h w -> n h w c"), _shift(beside), paint, shares, torch.tanh(tint))
+    return Said(at_head + rearrange(pulled, "n c h w -> n h w c"), _shift(beside), paint, shares, torch.tanh(tint))
 
 
 def composed(portrait: Tensor, said: Said) -> Tensor:
@@ -151,8 +182,9 @@ def composed(portrait: Tensor, said: Said) -> Tensor:
     # Grown at once, as that is what takes the time.
     wide = grown(torch.cat([*places, head, beside, over], 1), side)
     to_head, to_beside, head, beside, over = wide.split((2, 2, 1, 1, 3), dim=1)
-    looked = head * looked_up_at(portrait, to_head) + beside * looked_up_at(portrait, to_beside)
-    return (looked + over).clamp(0, 1)
+    # Most of what is beside the head does not move: a dearer look would show nothing more.
+    pictures = head * looked_up_at(portrait, to_head, "bicubic") + beside * looked_up_at(portrait, to_beside)
+    return (pictures + over).clamp(0, 1)
 
 
 def _shift(said: Tensor) -> Tensor:

@@ -241,7 +241,12 @@ def showing_stages(stages: Stages) -> Stages:
 def moving_stages(stages: Stages) -> Stages:
     """The same with a network that moves the portrait."""
     guider = PoseGuiderConfig(
-        channels=(4, 6, 10), pixel_patch=2, shows_portrait=True, mover_channels=(4, 8), expression_channels=(4, 8)
+        channels=(4, 6, 10),
+        pixel_patch=2,
+        shows_portrait=True,
+        mover_channels=(4, 8),
+        expression_channels=(4, 8),
+        depth_channels=(4, 8),
     )
     return with_guider(stages, guider)
 

@@ -49,6 +49,6 @@ def test_where_there_is_a_network_it_moves_the_portrait(moving_stages):
     mover = moving_stages.denoise.pose_guider.mover
     seen = canvases(points, told, portrait, mover, config)
     drawn = draw(points, 48, config.keypoints)
-    fields = mover.fields(portrait.picture, portrait.keypoints, portrait.tokens).half()
-    turned = mover(drawn, portrait.picture, portrait.keypoints, points, portrait.tokens, told, fields)
+    looked = mover.look(portrait.picture, portrait.keypoints, portrait.tokens).half()
+    turned = mover(drawn, portrait.picture, portrait.keypoints, points, portrait.tokens, told, looked)
     assert torch.equal(seen[:, 3:6], turned.half().float())

@@ -166,6 +166,18 @@ def test_a_whole_number_may_stand_where_a_fraction_is_meant():
             {"pixel_patch": 2, "channels": (4, 6, 10), "shows_portrait": True, "mover_channels": (4, 8)},
             ["expression_channels are two numbers"],
         ),
+        (
+            "pose_guider",
+            {
+                "pixel_patch": 2,
+                "channels": (4, 6, 10),
+                "shows_portrait": True,
+                "mover_channels": (4, 8),
+                "expression_channels": (4, 8),
+                "depth_channels": (4,),
+            },
+            ["depth_channels are two numbers"],
+        ),
         ("unet", {"attention_levels": (False, False, False)}, ["unet.attention_levels", "portrait"]),
         ("unet", {"attention_levels": (True, True)}, ["unet.attention_levels", "block"]),
         ("unet", {"max_positions": 5}, ["6 window frames", "unet.max_positions 5"]),

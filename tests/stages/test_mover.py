@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from stages.config import HeadConfig
 from stages.moved import moved, shifts
 from stages.networks.expressions import NUM_TOLD
-from stages.networks.mover import FINER, FIRST_SHARES, NUM_SAID, SPLIT, Said, composed, meant
+from stages.networks.mover import FINER, FIRST_SHARES, NUM_SAID, SPLIT, Looked, Said, composed, first_guess, meant
 
 SIDE = 48
 
@@ -44,8 +46,8 @@ def test_a_mover_that_says_nothing_shows_nearly_the_turned_head(moving_stages):
     assert (ours - turned).abs().mean() < 0.02
     assert torch.tensor(FIRST_SHARES).softmax(0)[0] > 0.97
     own, tokens = some(3, 5, 6), some(4, 2, 5, 6)
-    fields = mover.fields(portrait, start, own)
-    assert mover(torch.rand(2, 3, SIDE, SIDE), portrait, start, end, own, tokens, fields).shape == ours.shape
+    looked = mover.look(portrait, start, own)
+    assert mover(torch.rand(2, 3, SIDE, SIDE), portrait, start, end, own, tokens, looked).shape == ours.shape
 
 
 def test_said_shifts_move_what_is_looked_up():
@@ -54,6 +56,15 @@ def test_said_shifts_move_what_is_looked_up():
     shifted = said(head=torch.tensor([4 * cell, 0.0]).atanh(), shares=torch.tensor([30.0, 0.0, 0.0]))
     [ours] = composed(portrait, calm(guess, shifted))
     torch.testing.assert_close(ours[:, :, :-4], portrait[:, :, 4:], rtol=0, atol=1e-4)
+
+
+def test_between_pixels_fine_detail_is_kept():
+    portrait = (0.3 + 0.4 * (torch.arange(SIDE) % 4 < 2)).expand(3, SIDE, SIDE)
+    half = said(head=torch.tensor([1 / SIDE, 0.0]).atanh(), shares=torch.tensor([30.0, 0.0, 0.0]))
+    [ours] = composed(portrait, calm(torch.zeros(1, 12, 12, 2), half))
+    averaged = (portrait + portrait.roll(-1, dims=2)) / 2
+    inside = slice(4, -4)
+    assert ours[..., inside].std() > 1.1 * averaged[..., inside].std()
 
 
 def test_what_lies_beside_the_head_has_shifts_of_its_own():
@@ -104,11 +115,11 @@ def test_motion_tokens_change_the_picture_and_frames_do_not_see_each_other(movin
     mover = moving_stages.denoise.pose_guider.mover
     drawn, portrait = torch.rand(2, 3, SIDE, SIDE), torch.rand(3, SIDE, SIDE)
     start, end, own, tokens = some(1, 9, 3), some(2, 2, 9, 3), some(3, 5, 6), some(4, 2, 5, 6)
-    fields = mover.fields(portrait, start, own)
-    both = mover(drawn, portrait, start, end, own, tokens, fields)
-    alone = mover(drawn[1:], portrait, start, end[1:], own, tokens[1:], fields)
+    looked = mover.look(portrait, start, own)
+    both = mover(drawn, portrait, start, end, own, tokens, looked)
+    alone = mover(drawn[1:], portrait, start, end[1:], own, tokens[1:], looked)
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-4)
-    assert (mover(drawn, portrait, start, end, own, tokens + 1, fields) - both).abs().max() > 1e-3
+    assert (mover(drawn, portrait, start, end, own, tokens + 1, looked) - both).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -116,9 +127,26 @@ def test_what_has_been_seen_in_the_portrait_decides(moving_stages):
     mover = moving_stages.denoise.pose_guider.mover
     drawn, portrait = torch.rand(2, 3, SIDE, SIDE), torch.rand(3, SIDE, SIDE)
     start, end, own, tokens = some(1, 9, 3), some(2, 2, 9, 3), some(3, 5, 6), some(4, 2, 5, 6)
-    fields = mover.fields(portrait, start, own)
-    once, twice = (mover(drawn, portrait, start, end, own, tokens, part) for part in (fields, 2 * fields))
-    assert (twice - once).abs().max() > 1e-4
+    looked = mover.look(portrait, start, own)
+    seen = dataclasses.replace(looked, depths=torch.cat([looked.depths[:1], torch.ones_like(looked.depths[1:])]))
+    once, other, deeper = (
+        mover(drawn, portrait, start, end, own, tokens, part)
+        for part in (seen, dataclasses.replace(seen, fields=2 * seen.fields), Looked(1.5 * seen.depths, seen.fields))
+    )
+    assert (other - once).abs().max() > 1e-4 and (deeper - once).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_what_a_portrait_does_not_show_turns_as_an_ellipsoid(moving_stages):
+    head = moving_stages.config.pose_guider.head
+    start, end, depths = some(1, 9, 3), some(2, 2, 9, 3), torch.stack([torch.zeros(24, 24), -torch.ones(24, 24)])
+    guess, found = first_guess(depths, start, end, 12, head)
+    assert not found.seen.any() and torch.equal(guess, shifts(start, end, 12, head))
+    depths[1, 8:16, 8:16] = 1
+    guess, found = first_guess(depths, start, end, 12, head)
+    is_seen = found.seen > 0
+    assert is_seen.any() and torch.equal(guess[is_seen], found.shift[is_seen])
+    assert torch.equal(guess[~is_seen], shifts(start, end, 12, head)[~is_seen])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -128,8 +156,8 @@ def test_senseless_keypoints_give_a_picture(moving_stages, value):
     end = torch.full((1, 9, 3), value)
     drawn, own, tokens = torch.rand(1, 3, SIDE, SIDE), some(3, 5, 6), some(4, 1, 5, 6)
     portrait, start = torch.rand(3, SIDE, SIDE), some(1, 9, 3)
-    fields = mover.fields(portrait, start, own)
-    picture = mover(drawn, portrait, start, end, own, tokens, fields)
+    looked = mover.look(portrait, start, own)
+    picture = mover(drawn, portrait, start, end, own, tokens, looked)
     assert picture.isfinite().all() and picture.min() >= 0 and picture.max() <= 1
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from training.identity import sample_identity
 from training.motion import Motion, sample_motion, sample_portrait_motion
-from training.places import BACKDROP, BODY, HEAD, sources
-from training.world import render
+from training.places import BACKDROP, BODY, HEAD, head_depths, sources
+from training.world import project, render, true_pose
 
 SIDE = 48
 
@@ -58,3 +58,13 @@ def test_the_backdrop_stays_and_the_body_moves_as_one(seed: int):
     shifts, kinds = sources(sample_identity(600 + seed), portrait, motion, SIDE)
     assert not shifts[kinds == BACKDROP].any()
     assert np.abs(shifts[kinds == BODY].std(0)).max() < 1e-6 < np.abs(shifts[kinds == BODY].mean(0)).max()
+
+
+def test_the_nose_is_nearest_and_where_it_is_the_depth_is_its_keypoints():
+    person, portrait = sample_identity(603), Motion(pitch=4, yaw=-8, roll=3, x=0.05, y=-0.04, scale=0.6)
+    depth, is_head = head_depths(person, portrait, 96)
+    [points] = project(true_pose(person, portrait))
+    column, row = ((points[12, :2] + 1) * 48).astype(int)
+    assert is_head[row, column] and not is_head[0].any()
+    assert depth[row, column] == pytest.approx(points[12, 2], abs=0.05)
+    assert depth[is_head].min() > points[12, 2] - 0.05 and depth[is_head].max() > points[12, 2] + 0.4

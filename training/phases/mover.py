@@ -2,8 +2,9 @@
 
 The drawn world knows where everything in its pictures is from (`training.places`), and what it knows is learned in a
 tenth of the steps that pictures alone would take: from these a network first learns to lay half of one guess over half
-of another. Expressions are asked for as the portrait itself would have them, its head where it is: beside the errors of
-a head that turns, those of an iris would not be seen. Pictures teach the rest.
+of another. Depths are asked for of every picture, since each could be a portrait; expressions as the portrait itself
+would have them, its head where it is: beside the errors of a head that turns, those of an iris would not be seen.
+Pictures teach the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from stages.images import signed
 from stages.keypoints import draw as draw_keypoints
 from stages.moved import bounded, cells
 from stages.networks.expressions import seen_at
-from stages.networks.mover import FINER, FIRST_SHARES, Mover, Said, composed
+from stages.networks.mover import FINER, FIRST_SHARES, Looked, Mover, Said, composed
 from stages.networks.pose_guider import PoseGuider
 from training.clips import Batch
 from training.identity import sample_identity
@@ -30,7 +31,7 @@ from training.known import FIRST_EXPRESSION
 from training.motion import from_array
 from training.phases.animation import AnimationPhase
 from training.phases.phase import Draws, Update
-from training.places import BODY, HEAD, INSIDE, NECK, sources
+from training.places import BODY, HEAD, INSIDE, NECK, head_depths, sources
 from training.recipes import MoverConfig
 from training.regions import box_mask, region_weights
 
@@ -46,6 +47,15 @@ EXPRESSIONS_SQUARED_WITHIN = 2.0
 """The same where expressions are asked for. Most of a face rests in most of them, and where absolute errors count,
 nothing moves until a network is sure that more than half of a cell's cases do: it was not, after hundreds of steps."""
 
+DEPTHS_SQUARED_WITHIN = 1.0
+"""Cells within which an error of depths counts by its square."""
+OUTLINE_WEIGHT = 3.0
+"""Of the error of which cells are of the head, beside that of depths in cells."""
+LIT_WITHIN = 0.1
+"""Errors of tint count by their square within this, in pictures of [0, 1]."""
+TINT_WEIGHT = 10.0
+"""Of the error of tint, which is a hundredth, beside that of places in cells."""
+
 
 class MoverPhase(AnimationPhase):
     """Trains the mover inside `pose_guider` on the target frames of a batch."""
@@ -57,6 +67,8 @@ class MoverPhase(AnimationPhase):
     ):
         if not model.pose_guider.mover_channels:
             raise BadConfig(f"phase mover: {model.name} has none: leave it out or set model.pose_guider.mover_channels")
+        if not any(getattr(config, f"{name}_weight") for name in ("depth", "expression", "place", "picture")):
+            raise BadConfig("phase mover: all its weights are 0, so nothing is learned: set one above 0")
         super().__init__(model, config, networks)
         self.side = FINER * model.size_px // model.pose_guider.head.grid_px
         self.perceptual = None if perceptual is None else perceptual.requires_grad_(False)
@@ -67,18 +79,20 @@ class MoverPhase(AnimationPhase):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             keypoints = self._keypoints(batch, flat, draw)
             tokens = self._tokens(batch, images, keypoints, draw)
-        mover, portraits = self._mover(), images[:, 0] / 2 + 0.5
-        fields = [mover.fields(*parts) for parts in zip(portraits, keypoints[:, 0], tokens[:, 0], strict=True)]
+        depths, looked = self._look(images / 2 + 0.5, keypoints, tokens)
         loss, metrics = torch.zeros((), device=self.device), dict[str, Tensor]()
         is_drawn = batch.people is not None and bool((batch.people >= 0).all())
-        if is_drawn:
-            error, metrics = self._expression_loss(batch, keypoints, tokens, fields)
-            loss = loss + self.config.expression_weight * error
-        elif not self.config.picture_weight:
+        if is_drawn and self.config.depth_weight:
+            error, metrics = depth_loss(depths, keypoints, batch)
+            loss = loss + self.config.depth_weight * error
+        if is_drawn and self.config.expression_weight:
+            error, errors = self._expression_loss(batch, keypoints, tokens, looked)
+            loss, metrics = loss + self.config.expression_weight * error, metrics | errors
+        if not (is_drawn or self.config.picture_weight):
             raise BadConfig("phase mover: filmed clips teach by their pictures alone: set mover.picture_weight above 0")
         if not (self.config.place_weight or self.config.picture_weight):
             return Update(loss, metrics)
-        said = [self._say(*sample) for sample in zip(images, keypoints, tokens, fields, strict=True)]
+        said = [self._say(*sample) for sample in zip(images, keypoints, tokens, looked, strict=True)]
         if is_drawn and self.config.place_weight:
             error, errors = place_loss(said, batch, images / 2 + 0.5, self._weights(batch, self.side))
             loss, metrics = loss + self.config.place_weight * error, metrics | errors
@@ -87,11 +101,20 @@ class MoverPhase(AnimationPhase):
             loss, metrics = loss + self.config.picture_weight * error, metrics | errors
         return Update(loss, metrics)
 
-    def _say(self, pictures: Tensor, keypoints: Tensor, tokens: Tensor, fields: Tensor) -> Said:
+    def _look(self, images: Tensor, keypoints: Tensor, tokens: Tensor) -> tuple[Tensor, list[Looked]]:
+        """Depths (b, 1 + f, 2, g, g) of all pictures (b, 1 + f, 3, s, s) in [0, 1], and what is found in portraits."""
+        mover, points = self._mover(), bounded(keypoints)
+        flat = mover.depths(*(rearrange(part, "b f ... -> (b f) ...") for part in (images, points)))
+        depths = rearrange(flat, "(b f) ... -> b f ...", b=len(images))
+        portraits = zip(images[:, 0], points[:, 0], tokens[:, 0], strict=True)
+        fields = [mover.expressions.fields(*parts) for parts in portraits]
+        return depths, [Looked(*parts) for parts in zip(depths[:, 0], fields, strict=True)]
+
+    def _say(self, pictures: Tensor, keypoints: Tensor, tokens: Tensor, looked: Looked) -> Said:
         """One sample's answers: pictures (1 + f, 3, s, s) in [-1, 1], the first being the portrait."""
         drawn = draw_keypoints(keypoints[1:], self.model.size_px, self.model.keypoints)
         portrait = pictures[0] / 2 + 0.5
-        return self._mover().say(drawn, portrait, keypoints[0], keypoints[1:], tokens[0], tokens[1:], fields)
+        return self._mover().say(drawn, portrait, keypoints[0], keypoints[1:], tokens[0], tokens[1:], looked)
 
     def _mover(self) -> Mover:
         mover = self.network("pose_guider", PoseGuider).mover
@@ -99,11 +122,11 @@ class MoverPhase(AnimationPhase):
         return mover
 
     def _expression_loss(
-        self, batch: Batch, keypoints: Tensor, tokens: Tensor, fields: list[Tensor]
+        self, batch: Batch, keypoints: Tensor, tokens: Tensor, looked: list[Looked]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         expressions, seen = self._mover().expressions, []
-        for points, own, field in zip(bounded(keypoints[:, 0]), tokens, fields, strict=True):
-            told = expressions.told(field, own[0], own[1:])
+        for points, own, found in zip(bounded(keypoints[:, 0]), tokens, looked, strict=True):
+            told = expressions.told(found.fields, own[0], own[1:])
             everywhere = cells(self.side, points).expand(len(told), -1, -1, -1)
             seen.append(seen_at(told, everywhere, points))
         boxes = repeat(torch.from_numpy(batch.boxes[:, 0]), "b k c -> (b f) k c", f=tokens.shape[1] - 1)
@@ -130,6 +153,27 @@ class MoverPhase(AnimationPhase):
         return loss, metrics
 
 
+def depth_loss(said: Tensor, keypoints: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Errors of what `stages.networks.depths` says of all pictures, (b, 1 + f, 2, g, g), whose keypoints are
+    (b, 1 + f, K, 3): of depths (in cells), and of which cells are of the head."""
+    assert batch.people is not None
+    side = said.shape[-1]
+    people = [sample_identity(int(number)) for number in batch.people]
+    told = [
+        head_depths(person, from_array(row), side)
+        for person, motions in zip(people, batch.motions, strict=True)
+        for row in motions
+    ]
+    depth, is_head = (torch.from_numpy(np.stack(part)).to(said.device) for part in zip(*told, strict=True))
+    ours, logits = rearrange(said, "b f c h w -> c (b f) h w")
+    middle = rearrange(bounded(keypoints).mean(2)[..., 2], "b f -> (b f) 1 1")
+    off = (ours - (depth - middle)) * side / 2
+    error = F.smooth_l1_loss(off, torch.zeros_like(off), beta=DEPTHS_SQUARED_WITHIN, reduction="none")
+    error = (error * is_head).sum() / is_head.sum().clamp(min=1)
+    outline = F.binary_cross_entropy_with_logits(logits, is_head.float())
+    return error + OUTLINE_WEIGHT * outline, {"depths": error.detach(), "outline": outline.detach()}
+
+
 def expression_loss(seen: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Errors of what `seen_at` says of the cells of all portraits, (b · f, 6, g, g), by weights (b · f, g, g): of
     places (as in `cells_off`), and of which cells are inside an open mouth or eye."""
@@ -145,7 +189,7 @@ def expression_loss(seen: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor
 
 
 def place_loss(said: list[Said], batch: Batch, images: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Errors of places (in cells), of shares and of paint, in the cells of `weights` (b · f, 1, g, g); images
+    """Errors of places (in cells), of shares, of paint and of tint, in the cells of `weights` (b · f, 1, g, g); images
     (b, 1 + f, 3, s, s) in [0, 1]."""
     side = weights.shape[-1]
     truth = [true_places(batch, index, side) for index in range(len(said))]
@@ -161,9 +205,23 @@ def place_loss(said: list[Said], batch: Batch, images: Tensor, weights: Tensor) 
     paint = torch.cat([one.paint for one in said])
     colours = F.adaptive_avg_pool2d(rearrange(images[:, 1:], "b f c h w -> (b f) c h w"), paint.shape[-1])
     paint_error = F.l1_loss(paint, colours)
+    tint = torch.cat([one.tint for one in said])
+    tint_error = tint_loss(tint, colours, images[:, 0], shift, weights * (shown_by == AT_HEAD))
     metrics = {"head_cells": head_error, "beside_cells": beside_error, "shares": share_error, "paint": paint_error}
-    loss = head_error + beside_error + 0.3 * share_error + paint_error
+    metrics["tint"] = tint_error
+    loss = head_error + beside_error + 0.3 * share_error + paint_error + TINT_WEIGHT * tint_error
     return loss, {name: error.detach() for name, error in metrics.items()}
+
+
+def tint_loss(tint: Tensor, colours: Tensor, portraits: Tensor, shift: Tensor, weights: Tensor) -> Tensor:
+    """Error of tint (b · f, 3, g, g), by weights (b · f, g, g): it shall be by how much the `colours` of cells
+    (b · f, 3, g, g) differ from what portraits (b, 3, s, s), all in [0, 1], show at true places, away by `shift`
+    (b · f, g, g, 2). Where a part of the head hides another, that is not light; few cells are so."""
+    side = tint.shape[-1]
+    own = repeat(F.adaptive_avg_pool2d(portraits, side), "b c h w -> (b f) c h w", f=len(tint) // len(portraits))
+    unlit = F.grid_sample(own, cells(side, tint) + shift, padding_mode="border", align_corners=False)
+    error = F.smooth_l1_loss(tint, colours - unlit, beta=LIT_WITHIN, reduction="none").mean(1)
+    return (error * weights).sum() / weights.sum().clamp(min=1)
 
 
 def cells_off(said: Tensor, true: Tensor, weights: Tensor, squared_within: float = SQUARED_WITHIN) -> Tensor:

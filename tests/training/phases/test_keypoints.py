@@ -13,11 +13,20 @@ from stages.networks.motion_encoder import MotionEncoder
 from training.clips import Batch
 from training.known import read_expression
 from training.phases.keypoints import NOWHERE, disturbed, keypoint_loss, prime_bottleneck
+from training.phases.phase import draws
 
 
 def test_a_few_steps_reduce_the_loss(build, learn, batch: Batch):
     losses = learn(build("keypoints"), batch, 25)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_extractor_can_be_trained_alone(build, batch: Batch):
+    phase = build("keypoints", motion_weight=0.0)
+    names = {name for name, parameter in phase.named_parameters() if parameter.requires_grad}
+    assert names and all(name.startswith("networks.keypoint_extractor.") for name in names)
+    metrics = phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics
+    assert set(metrics) == {"error_pitch", "error_yaw", "error_roll"}
 
 
 def test_a_primed_encoder_reads_its_single_channel_stretch_by_stretch(config: ModelConfig):

@@ -14,21 +14,26 @@ from stages.errors import BadConfig
 from stages.networks.mover import Said
 from training.clips import Batch
 from training.handover import load_networks
+from training.identity import sample_identity
 from training.known import FIRST_EXPRESSION
+from training.motion import from_array
 from training.phases.build import build_phase, networks_of
 from training.phases.mover import (
     AT_HEAD,
     BESIDE,
+    LIT_WITHIN,
     PAINTED,
     UNKNOWN,
     cells_off,
+    depth_loss,
     expression_loss,
     place_loss,
+    tint_loss,
     true_expressions,
     true_places,
 )
 from training.phases.phase import draws
-from training.places import HEAD, INSIDE
+from training.places import HEAD, INSIDE, head_depths
 from training.recipes import changed, smoke
 
 
@@ -133,18 +138,74 @@ def test_filmed_clips_are_learned_from_their_pictures_alone(build, batch: Batch)
         )
 
 
-def test_without_a_picture_loss_only_places_are_learned(build, batch: Batch):
+def test_without_a_picture_loss_pictures_are_not_composed(build, batch: Batch):
     metrics = build("mover", picture_weight=0.0)(batch, draws(0, 0, 0, 0), 0, 0, None).metrics
     assert {"head_cells", "expressions"} <= set(metrics) and "psnr_db" not in metrics
 
 
 def test_expressions_can_be_learned_alone(build, learn, batch: Batch):
-    alone = {"place_weight": 0.0, "picture_weight": 0.0, "trained_parts": ("pose_guider.mover.expressions.",)}
+    alone = {
+        "depth_weight": 0.0, "place_weight": 0.0, "picture_weight": 0.0,
+        "trained_parts": ("pose_guider.mover.expressions.",),
+    }  # fmt: skip
+    phase = build("mover", **alone)
+    losses = learn(phase, batch, 25)
+    assert losses[-1] < 0.9 * losses[0]
+    metrics = phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics
+    assert set(metrics) == {"expressions", "opened"}
+
+
+def test_depths_can_be_learned_alone(build, learn, batch: Batch):
+    alone = {
+        "expression_weight": 0.0, "place_weight": 0.0, "picture_weight": 0.0,
+        "trained_parts": ("pose_guider.mover.depths.",),
+    }  # fmt: skip
     phase = build("mover", **alone)
     losses = learn(phase, batch, 15)
     assert losses[-1] < 0.9 * losses[0]
     metrics = phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics
-    assert set(metrics) == {"expressions", "opened"}
+    assert set(metrics) == {"depths", "outline"}
+
+
+def test_perfect_depths_cost_nothing_wherever_the_keypoints_middle_is(batch: Batch):
+    assert batch.people is not None
+    told = [
+        head_depths(sample_identity(int(number)), from_array(row), 16)
+        for number, motions in zip(batch.people, batch.motions, strict=True)
+        for row in motions
+    ]
+    depth, is_head = (torch.from_numpy(np.stack(part)) for part in zip(*told, strict=True))
+    said = rearrange([depth - 0.3, torch.where(is_head, 60.0, -60.0)], "c (b f) h w -> b f c h w", b=2)
+    there = torch.tensor([0.0, 0.0, 0.3]).expand(2, 6, 9, 3)
+    assert float(depth_loss(said, there, batch)[0]) < 1e-6
+    error, metrics = depth_loss(said, torch.zeros_like(there), batch)
+    assert float(error) == pytest.approx(float(metrics["depths"])) and 1 < error < 0.3 * 16 / 2
+
+
+def test_tint_is_what_true_places_do_not_explain():
+    ramp = torch.linspace(0, 0.7, 8).expand(3, 8, 8)
+    portraits = torch.stack([ramp, 0.7 - ramp])
+    shift = torch.zeros(4, 8, 8, 2)
+    shift[..., 0] = 2 * 2 / 8
+    lit = torch.tensor([0.05, 0.1, 0.15, 0.2])[:, None, None, None].expand(4, 3, 8, 8)
+    colours = portraits.repeat_interleave(2, 0).roll(-2, dims=3) + lit
+    weights = torch.zeros(4, 8, 8)
+    weights[:, 2:5, 1:5] = 1.0
+    assert float(tint_loss(lit, colours, portraits, shift, weights)) < 1e-6
+    assert float(tint_loss(lit - 0.2, colours, portraits, shift, weights)) == pytest.approx(0.2 - LIT_WITHIN / 2)
+    assert float(tint_loss(lit - 0.2, colours, portraits, shift, 0 * weights)) == 0
+
+
+def test_wrong_tint_is_an_error_of_places(batch: Batch):
+    tinted = [dataclasses.replace(said, tint=said.tint + 0.2) for said in perfect(batch)]
+    images, weights = torch.zeros(2, 6, 3, 64, 64), torch.ones(10, 1, 16, 16)
+    right, wrong = (place_loss(said, batch, images, weights) for said in (perfect(batch), tinted))
+    assert wrong[0] > right[0] + 1 and wrong[1]["tint"] == pytest.approx(0.2 - LIT_WITHIN / 2)
+
+
+def test_a_phase_that_would_learn_nothing_is_refused(build):
+    with pytest.raises(BadConfig, match="nothing is learned"):
+        build("mover", depth_weight=0.0, expression_weight=0.0, place_weight=0.0, picture_weight=0.0)
 
 
 def test_the_portrait_at_its_own_motion_is_nearly_right_from_the_start(build, batch: Batch):
@@ -159,7 +220,8 @@ def test_the_portrait_at_its_own_motion_is_nearly_right_from_the_start(build, ba
 
 
 def test_a_model_without_one_is_refused():
-    recipe = changed(smoke(), {"model.pose_guider.mover_channels": [], "model.pose_guider.expression_channels": []})
+    widths = ("mover_channels", "expression_channels", "depth_channels")
+    recipe = changed(smoke(), {f"model.pose_guider.{name}": [] for name in widths})
     networks = load_networks(networks_of("mover"), recipe.model, None, 0, True)
     with pytest.raises(BadConfig, match="leave it out"):
         build_phase("mover", recipe, networks, torch.device("cpu"))
