@@ -75,7 +75,7 @@ def splatted(told: Tensor, there: Tensor, depth: Tensor, side: int) -> Tensor:
     nearest = empty.scatter_reduce(1, cell, depth.detach(), "amin")
     is_front = (depth <= nearest.gather(1, cell) + THICKNESS).to(told)
     count = torch.zeros_like(empty).scatter_add(1, cell, is_front)
-    spread = repeat(cell, "n p -> n p c", c=told.shape[2])
-    total = told.new_zeros(*empty.shape, told.shape[2]).scatter_add(1, spread, told * is_front[..., None])
+    cell_of_number = repeat(cell, "n p -> n p c", c=told.shape[2])
+    total = told.new_zeros(*empty.shape, told.shape[2]).scatter_add(1, cell_of_number, told * is_front[..., None])
     mean = (total / count.clamp(min=1)[..., None])[:, :-1]
     return rearrange(mean, "n (h w) c -> n c h w", h=side)

@@ -72,7 +72,7 @@ def ellipsoid(keypoints: Tensor, side: int, head: HeadConfig) -> Tensor:
     away = rearrange(cells(side, keypoints), "h w c -> 1 h w c") - rearrange(middle[:, :2], "n c -> n 1 1 c")
     reach = (away / rearrange(radii[:, :2], "n c -> n 1 1 c")).square().sum(-1)
     bulge = rearrange(radii[:, 2], "n -> n 1 1") * (1 - reach).clamp(min=0).sqrt()
-    return rearrange(rearrange(middle - keypoints.mean(1), "n c -> n c 1 1")[:, 2] - bulge, "n h w -> n 1 h w")
+    return rearrange(unit[:, :, None] * head.centre[2] - bulge, "n h w -> n 1 h w")
 
 
 def _as_wide(x: Tensor, like: Tensor) -> Tensor:

@@ -143,28 +143,16 @@ def test_without_a_picture_loss_pictures_are_not_composed(build, batch: Batch):
     assert {"head_cells", "expressions"} <= set(metrics) and "psnr_db" not in metrics
 
 
-def test_expressions_can_be_learned_alone(build, learn, batch: Batch):
-    alone = {
-        "depth_weight": 0.0, "place_weight": 0.0, "picture_weight": 0.0,
-        "trained_parts": ("pose_guider.mover.expressions.",),
-    }  # fmt: skip
-    phase = build("mover", **alone)
+@pytest.mark.parametrize(
+    ("part", "other", "metrics"),
+    [("expressions", "depth", {"expressions", "opened"}), ("depths", "expression", {"depths", "outline"})],
+)
+def test_what_is_seen_in_portraits_can_be_learned_alone(build, learn, batch: Batch, part, other, metrics):
+    off = {f"{name}_weight": 0.0 for name in (other, "place", "picture")}
+    phase = build("mover", trained_parts=(f"pose_guider.mover.{part}.",), **off)
     losses = learn(phase, batch, 25)
     assert losses[-1] < 0.9 * losses[0]
-    metrics = phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics
-    assert set(metrics) == {"expressions", "opened"}
-
-
-def test_depths_can_be_learned_alone(build, learn, batch: Batch):
-    alone = {
-        "expression_weight": 0.0, "place_weight": 0.0, "picture_weight": 0.0,
-        "trained_parts": ("pose_guider.mover.depths.",),
-    }  # fmt: skip
-    phase = build("mover", **alone)
-    losses = learn(phase, batch, 15)
-    assert losses[-1] < 0.9 * losses[0]
-    metrics = phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics
-    assert set(metrics) == {"depths", "outline"}
+    assert set(phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics) == metrics
 
 
 def test_perfect_depths_cost_nothing_wherever_the_keypoints_middle_is(batch: Batch):
