@@ -25,7 +25,7 @@ test: $(VENV)/.all ## The fast tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/system -n logical --maxprocesses 4 --dist loadfile
 
 test-system: $(VENV)/.all ## The slow tests: several Ray processes, kills, Chromium.
-	$(BIN)/python -m pytest tests/system
+	$(BIN)/python -m pytest tests/system --durations=15
 
 lint: $(VENV)/.all ## ruff and mypy.
 	$(BIN)/ruff check .
