@@ -29,6 +29,7 @@ MAY_BE_ZERO = {
     "window.first_keyframe_call",
     "pose_guider.head.margin",
     "keypoints.gathered_cells",
+    "keypoints.fine_channels",
 }
 MAY_BE_EMPTY = {"pose_guider.mover_channels", "pose_guider.expression_channels", "pose_guider.depth_channels"}
 MAY_BE_NEGATIVE = {"pose_guider.head.centre"}
@@ -89,6 +90,9 @@ class KeypointConfig:
     gathered_cells: int = 0
     """0: what the heads read is the mean of the last map; otherwise that map's side: every cell has weights of its own,
     which tells places more exactly."""
+    fine_channels: int = 0
+    """0: none; otherwise the width of a part that finds each keypoint's place in pictures of `image_px`
+    (`stages.networks.pinpoint`); the ConvNeXt then sees them at half that side."""
     drawn: tuple[int, ...] = (1, 2, 3, 4, 12, 15, 20)
     colours: tuple[tuple[int, ...], ...] = (
         (255, 0, 0),
@@ -107,7 +111,7 @@ class KeypointConfig:
     @property
     def downscale(self) -> int:
         """Picture side over the side of the extractor's last map."""
-        return 2 ** (len(self.dims) + 1)
+        return 2 ** (len(self.dims) + 1) * (2 if self.fine_channels else 1)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -67,18 +68,19 @@ class MotionStage:
     def run(self, states: Sequence[MotionState], frames: Sequence[Pixels]) -> list[tuple[MotionState, MotionChunk]]:
         """One chunk of driving frames, uint8 (f, size, size, 3), of each of several sessions, in one batch."""
         pictures = signed(np.concatenate(frames))
-        poses = self._poses(detector_frames(pictures, self.config.keypoints.image_px))
-        face_boxes = boxes(posed_keypoints(poses), self.config.size_px, self.config.keypoints)
         ends = np.cumsum([0, *(len(chunk) for chunk in frames)])
+        poses: list[Pose] = []
         tokens: list[Floats | None] = []
         for group in groups(len(frames), next(self.motion_encoder.parameters())):
-            seen = slice(ends[group.start], ends[group.stop])
-            tokens += self._face_tokens(pictures[seen], face_boxes[seen])
-        results, start = [], 0
-        for state, chunk in zip(states, frames, strict=True):
-            part = range(start, start + len(chunk))
-            results.append(follow(self.config, state, [frame_pose(poses, i) for i in part], [tokens[i] for i in part]))
-            start += len(chunk)
+            seen = pictures[ends[group.start] : ends[group.stop]]
+            found = self._poses(detector_frames(seen, self.config.keypoints.image_px))
+            face_boxes = boxes(posed_keypoints(found), self.config.size_px, self.config.keypoints)
+            poses += [frame_pose(found, index) for index in range(len(seen))]
+            tokens += self._face_tokens(seen, face_boxes)
+        results = [
+            follow(self.config, state, poses[start:end], tokens[start:end])
+            for state, (start, end) in zip(states, pairwise(ends), strict=True)
+        ]
         return [self._moving(*result) for result in results]
 
     def _moving(self, state: MotionState, chunk: MotionChunk) -> tuple[MotionState, MotionChunk]:

@@ -21,6 +21,7 @@ from stages.denoise import DenoiseStage
 from stages.errors import BadConfig, BadWeights
 from stages.messages import Pixels
 from stages.motion import MotionStage
+from stages.networks.keypoint_extractor import KeypointExtractor
 from stages.networks.unet import DenoisingUNet, rest_idle_modules
 from stages.official import is_official, load_official
 from stages.reference import ReferenceStage
@@ -65,8 +66,9 @@ def load_stages(
     weights: "tiny" or a folder, ours or official. device: auto, cpu, cuda, cuda:N; auto takes a GPU if there is one.
     num_threads: 0 takes `default_num_threads()`. Networks run in fp16 on a GPU; on a CPU in bfloat16 where the config's
     `cpu_bfloat16` is set and the CPU multiplies it (`runs_bfloat16`), else in fp32. So a model that sets it gives
-    slightly different frames on different CPUs: unset it in `config.json` for equal ones. The keypoint extractor always
-    runs in fp32: its angles are the result of a sum that fp16 rounds to 0.06 degrees. Raises BadWeights, BadConfig.
+    slightly different frames on different CPUs: unset it in `config.json` for equal ones. The keypoint extractor runs
+    in fp32, on a CPU all but its trunk: its angles are the result of a sum that fp16 rounds to 0.06 degrees. Raises
+    BadWeights, BadConfig.
     """
     torch.set_num_threads(num_threads or default_num_threads())
     keep_freed_memory()
@@ -78,6 +80,9 @@ def load_stages(
     dtype = network_dtype(config, target)
     for name, network in networks.items():
         network.to(target, torch.float32 if name == "keypoint_extractor" else dtype)
+        if isinstance(network, KeypointExtractor) and dtype == torch.bfloat16:
+            for part in network.trunk():
+                part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(network, DenoisingUNet):
             rest_idle_modules(network)
     made = {stage: _make_stage(stage, config, networks) for stage in stages}
@@ -85,7 +90,7 @@ def load_stages(
 
 
 def network_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """What the networks run in on a device, all but the keypoint extractor."""
+    """What the networks run in on a device, all but (parts of) the keypoint extractor."""
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if config.cpu_bfloat16 and runs_bfloat16() else torch.float32

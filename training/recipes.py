@@ -238,7 +238,7 @@ def tiny_model() -> ModelConfig:
         size_px=256,
         unet=UNetConfig(
             in_channels=80,
-            block_channels=(96, 112),
+            block_channels=(64, 80),
             attention_levels=(False, True),
             layers_per_block=1,
             num_heads=2,
@@ -264,11 +264,16 @@ def tiny_model() -> ModelConfig:
             token_dim=16,
         ),
         keypoints=KeypointConfig(
-            image_px=128, depths=(1, 1, 3, 1), dims=(48, 96, 192, 192), radius_px=6, gathered_cells=4
+            image_px=256,
+            depths=(1, 1, 3, 1),
+            dims=(48, 96, 192, 192),
+            radius_px=6,
+            gathered_cells=4,
+            fine_channels=32,
         ),
         # The canvas shows the moved portrait: what is left to draw is what a small model can learn in an hour.
         pose_guider=PoseGuiderConfig(
-            channels=(64, 96, 128),
+            channels=(32, 64, 96),
             pixel_patch=4,
             shows_portrait=True,
             mover_channels=(64, 128),
@@ -391,7 +396,7 @@ def smoke_model() -> ModelConfig:
             num_tokens=5,
             token_dim=12,
         ),
-        keypoints=KeypointConfig(image_px=64, depths=(1, 1, 2, 1), dims=(8, 12, 16, 24), radius_px=2),
+        keypoints=KeypointConfig(image_px=64, depths=(1, 1, 2, 1), dims=(8, 12, 16, 24), radius_px=2, fine_channels=4),
         pose_guider=PoseGuiderConfig(
             channels=(12, 16),
             pixel_patch=4,

@@ -1,12 +1,15 @@
-"""The keypoint extractor's shapes, and its norms against torch's."""
+"""The keypoint extractor's shapes, and what its parts do."""
 
+import copy
 from dataclasses import replace
 
+import numpy as np
 import torch
-from einops import rearrange
+from torch.nn import functional as F
 
 from stages.config import KeypointConfig
-from stages.networks.keypoint_extractor import ChannelNorm, KeypointExtractor, ResponseNorm
+from stages.keypoints import pose_from_raw
+from stages.networks.keypoint_extractor import KeypointExtractor
 
 SMALL = KeypointConfig(
     image_px=64,
@@ -52,30 +55,29 @@ def test_gathered_cells_each_have_weights_and_equal_ones_are_the_mean():
 
 
 @torch.no_grad()
-def test_channel_norm_is_a_layer_norm_over_channels():
+def test_an_extractor_that_pinpoints_begins_as_one_that_sees_half_the_side():
     torch.manual_seed(0)
-    norm = ChannelNorm(6)
-    norm.weight.uniform_(0.5, 1.5)
-    norm.bias.uniform_(-1, 1)
-    x = torch.randn(2, 6, 3, 4)
-    expected = torch.nn.functional.layer_norm(rearrange(x, "n c h w -> n h w c"), (6,), norm.weight, norm.bias, 1e-6)
-    torch.testing.assert_close(norm(x), rearrange(expected, "n h w c -> n c h w"))
+    plain = KeypointExtractor(SMALL).eval()
+    fine = KeypointExtractor(replace(SMALL, image_px=128, fine_channels=4)).eval()
+    fine.load_state_dict(plain.state_dict(), strict=False)
+    images = torch.rand(2, 3, 64, 64)
+    doubled = F.interpolate(images, scale_factor=2.0)
+    raw = fine(doubled)
+    assert raw.heat is not None and raw.heat.shape == (2, 5, 32, 32) and plain(images).heat is None
+    torch.testing.assert_close(raw.pitch, plain(images).pitch)
+    fine.pinpoint.read[-1].weight.normal_()
+    assert (fine(doubled).pitch - raw.pitch).abs().max() > 1e-3
 
 
 @torch.no_grad()
-def test_channel_norm_computes_in_fp32_whatever_the_input():
-    x = (torch.randn(1, 6, 3, 4) + 30).bfloat16()
-    normed = ChannelNorm(6)(x)
-    assert normed.dtype == torch.bfloat16
-    assert torch.equal(normed, ChannelNorm(6)(x.float()).bfloat16())
-
-
-@torch.no_grad()
-def test_response_norm_favours_the_strong_channel_and_starts_as_identity():
-    x = torch.ones(1, 4, 4, 2)
-    x[..., 1] = 3
-    norm = ResponseNorm(2)
-    assert torch.equal(norm(x), x)
-    norm.gamma.fill_(1)
-    # Norms over the 16 pixels are 4 and 12, their mean 8: x · (4/8 + 1) and x · (12/8 + 1).
-    torch.testing.assert_close(norm(x)[0, 0, 0], torch.tensor([1.5, 7.5]))
+def test_a_trunk_in_bfloat16_hardly_turns_a_head():
+    torch.manual_seed(0)
+    exact = KeypointExtractor(replace(SMALL, image_px=128, fine_channels=4, gathered_cells=4)).eval()
+    exact.pinpoint.read[-1].weight.normal_(std=0.1)
+    rounded = copy.deepcopy(exact)
+    for part in rounded.trunk():
+        part.bfloat16()
+    images = torch.rand(6, 3, 128, 128)
+    degrees, ours = (pose_from_raw(extractor(images)).degrees for extractor in (exact, rounded))
+    assert ours.dtype == np.float32 and not np.array_equal(ours, degrees)
+    assert np.abs(ours - degrees).max() < 0.1

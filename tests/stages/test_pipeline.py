@@ -83,7 +83,9 @@ def test_bfloat16_is_taken_where_config_and_processor_say_so(config, coarse):
     assert (network_dtype(config, cpu), network_dtype(wished, cpu)) == (torch.float32, fast)
     assert network_dtype(wished, torch.device("cuda")) == torch.float16
     assert dtypes(coarse.denoise.denoising_unet) == dtypes(coarse.motion.motion_encoder) == {fast}
-    assert dtypes(coarse.motion.keypoint_extractor) == {torch.float32}
+    extractor = coarse.motion.keypoint_extractor
+    assert {dtype for part in extractor.trunk() for dtype in dtypes(part)} == {fast}
+    assert dtypes(extractor.fc_pitch) == dtypes(extractor.norm) == {torch.float32}
 
 
 def test_a_session_is_kept_in_fp32_whatever_the_networks_run_in(coarse, draw_picture, draw_chunks):

@@ -23,6 +23,7 @@ from stages.keypoints import boxes, degrees_from_logits, transform
 from stages.messages import Floats
 from stages.networks.keypoint_extractor import KeypointExtractor, RawPose
 from stages.networks.motion_encoder import MotionEncoder
+from stages.networks.pinpoint import places_of
 from training.clips import Batch
 from training.disturb import degrade, displaced_face, empty_picture, reframe
 from training.known import FIRST_EXPRESSION, posed, read_expression, token_map
@@ -36,6 +37,7 @@ NOWHERE = (0.0, -3.0, 0.0)
 where the scale, taught to be 0, is a little off."""
 MILD = 0.3
 """Strength of the shift and turn of pictures that are not disturbed otherwise."""
+SURPRISE_WEIGHT = 0.02
 EXPRESSION_WEIGHTS = (1.2, 1.5, 1.3, 1.3, 1.0, 2.0, 1.0, 1.0)
 
 
@@ -146,9 +148,25 @@ def keypoint_loss(raw: RawPose, canonical: Tensor, pose: Tensor, present: Tensor
     error = error + turned.mean(1) / 3 + (translation[:, :2] - pose[:, 3:5]).abs().mean(1) * 3
     collapsed = (translation - torch.tensor(NOWHERE, device=pose.device)).abs().mean(1) + 6 * scale[:, 0].abs()
     person = error + 6 * (scale[:, 0] - pose[:, 5]).abs()
+    if raw.heat is not None:
+        person = person + heat_loss(raw.heat, target[..., :2])
     seen = turned[present].detach().mean(0) if present.any() else turned.new_zeros(3)
     metrics = dict(zip(("error_pitch", "error_yaw", "error_roll"), seen, strict=True))
     return torch.where(present, person, collapsed).mean(), metrics
+
+
+def heat_loss(heat: Tensor, target: Tensor) -> Tensor:
+    """(n,): how wrong heat (n, K, h, w) is about places (n, K, 2), for the keypoints inside the picture: the distance
+    of its mean, and the entropy across a spot of one cell's deviation, which teaches even where it is far off."""
+    side = heat.shape[-1]
+    inside = (target.abs() < 1).all(-1).float()
+    places, _ = places_of(heat)
+    lines = (torch.arange(side, device=heat.device) + 0.5) / side * 2 - 1
+    spots = (-((target[..., None] - lines) * side / 2).square() / 2).softmax(-1)
+    spot = torch.einsum("nkw,nkh->nkhw", spots[:, :, 0], spots[:, :, 1]).flatten(2)
+    surprise = -(spot * heat.flatten(2).log_softmax(-1)).sum(-1)
+    wrong = 8 * (places - target).abs().mean(-1) + SURPRISE_WEIGHT * surprise
+    return (wrong * inside).mean(1)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ from stages.networks.keypoint_extractor import RawPose
 from stages.networks.motion_encoder import MotionEncoder
 from training.clips import Batch
 from training.known import read_expression
-from training.phases.keypoints import NOWHERE, disturbed, keypoint_loss, prime_bottleneck
+from training.phases.keypoints import NOWHERE, disturbed, heat_loss, keypoint_loss, prime_bottleneck
 from training.phases.phase import draws
 
 
@@ -72,3 +74,21 @@ def test_a_perfect_answer_costs_nothing_and_absence_is_judged_apart():
     assert float(loss) < 1e-3 and float(errors["error_yaw"]) < 1e-3
     worse, _ = keypoint_loss(raw_pose(canonical, pose), canonical, pose + 0.1, torch.tensor([True, False]))
     assert worse > loss + 0.01
+
+
+def test_heat_is_judged_by_its_mean_and_its_surprise_for_keypoints_inside_the_picture():
+    right, wrong = torch.full((1, 2, 4, 4), -9.0), torch.full((1, 2, 4, 4), -9.0)
+    right[0, :, 1, 2] = wrong[0, :, 3, 0] = 9.0
+    inside = torch.tensor([[[0.25, -0.25], [1.5, 0.0]]])
+    good, bad = heat_loss(right, inside), heat_loss(wrong, inside)
+    assert good.shape == (1,) and float(bad) > float(good) + 8 * (0.75 + 1.0) / 2 / 2
+    assert float(heat_loss(wrong, inside + 2)) == 0
+
+
+def test_a_loss_counts_the_heat_of_those_who_are_there():
+    canonical, pose = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 6)
+    blind = raw_pose(canonical, pose)
+    seen = replace(blind, heat=torch.zeros(1, 2, 4, 4))
+    there, absent = torch.tensor([True]), torch.tensor([False])
+    assert keypoint_loss(seen, canonical, pose, there)[0] > keypoint_loss(blind, canonical, pose, there)[0]
+    assert keypoint_loss(seen, canonical, pose, absent)[0] == keypoint_loss(blind, canonical, pose, absent)[0]
