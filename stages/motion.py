@@ -102,8 +102,8 @@ class MotionStage:
         return replace(state, own_keypoints=own), replace(chunk, moved=moved.half().cpu().numpy())
 
     def _poses(self, pictures: Tensor) -> Pose:
-        parameter = next(self.keypoint_extractor.parameters())
-        return pose_from_raw(self.keypoint_extractor(pictures.to(parameter)))
+        device = next(self.keypoint_extractor.parameters()).device
+        return pose_from_raw(self.keypoint_extractor(pictures.to(device)))
 
     def _tokens(self, crops: Tensor) -> Floats:
         parameter = next(self.motion_encoder.parameters())

@@ -37,8 +37,12 @@ class ResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-        relative = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
+        if x.dtype == torch.bfloat16:
+            # Several times as quick as torch's norm over two dimensions, but in fp32 farther from the originals.
+            norm = x.float().square().sum(dim=(1, 2), keepdim=True).sqrt()
+        else:
+            norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        relative = (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
         return self.gamma * (x * relative) + self.beta + x
 
 

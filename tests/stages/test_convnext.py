@@ -34,3 +34,13 @@ def test_response_norm_favours_the_strong_channel_and_starts_as_identity():
     norm.gamma.fill_(1)
     # Norms over the 16 pixels are 4 and 12, their mean 8: x · (4/8 + 1) and x · (12/8 + 1).
     torch.testing.assert_close(norm(x)[0, 0, 0], torch.tensor([1.5, 7.5]))
+
+
+@torch.no_grad()
+def test_response_norm_in_bfloat16_is_that_of_fp32_rounded():
+    norm = ResponseNorm(6)
+    norm.gamma.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ours = norm.bfloat16()(x)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), norm.float()(x.float()), rtol=2e-2, atol=2e-2)
