@@ -1,5 +1,6 @@
 """The norms of a ConvNeXt V2 against torch's and against numbers by hand."""
 
+import pytest
 import torch
 from einops import rearrange
 
@@ -44,3 +45,12 @@ def test_response_norm_in_bfloat16_is_that_of_fp32_rounded():
     ours = norm.bfloat16()(x)
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.float(), norm.float()(x.float()), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_silent_channel_leaves_gradients_finite(dtype):
+    x = torch.randn(2, 3, 3, 4, dtype=dtype)
+    x[..., 1] = 0
+    x.requires_grad_()
+    ResponseNorm(4).to(dtype)(x).sum().backward()
+    assert x.grad.isfinite().all()
