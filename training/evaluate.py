@@ -289,21 +289,34 @@ def driving_chunks(stages: Stages, cast: Cast) -> Iterator[Pixels]:
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Means of all figures over the trials, correlations over all their frames, and the probes' R² on true renders.
 
-    That of gaze is over frames whose eyes are at least half open, as in the probes' own scores.
+    That of gaze is over frames whose eyes are at least half open, as in the probes' own scores. `probe_r_within` counts
+    only what differs from each trial's mean: a probe reads everybody's pitch with a bias, in true renders too.
     """
-    driver, output, renders = (
-        np.concatenate([getattr(result, part) for result in outcomes]) for part in ("driver", "output", "renders")
-    )
+    parts = ("driver", "output", "renders")
+    driver, output, renders = (np.concatenate([getattr(result, part) for result in outcomes]) for part in parts)
+    moved = (np.concatenate([centred(getattr(result, part)) for result in outcomes]) for part in parts)
+    driver_moved, output_moved, renders_moved = moved
     columns = {name: READINGS.index(name) for name in PROBED}
     is_open = driver[:, columns["blink"]] <= 0.5
     return means([result.figures for result in outcomes]) | {
         "probe_r": {name: measures.correlation(driver[:, c], output[:, c]) for name, c in columns.items()},
         "probe_r_renders": {name: measures.correlation(driver[:, c], renders[:, c]) for name, c in columns.items()},
+        "probe_r_within": {
+            name: measures.correlation(driver_moved[:, c], output_moved[:, c]) for name, c in columns.items()
+        },
+        "probe_r_within_renders": {
+            name: measures.correlation(driver_moved[:, c], renders_moved[:, c]) for name, c in columns.items()
+        },
         "probe_r2_renders": {
             name: measures.explained(*(part[is_open | (not name.startswith("gaze")), c] for part in (driver, renders)))
             for name, c in columns.items()
         },
     }
+
+
+def centred(readings: Floats) -> Floats:
+    """Readings (n, r) as differences from their mean."""
+    return readings - readings.mean(axis=0)
 
 
 def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -338,6 +351,8 @@ def table(report: dict[str, Any]) -> str:
         ("r, output", "probe_r"),
         ("r, true renders", "probe_r_renders"),
         ("R², same", "probe_r2_renders"),
+        ("within, output", "probe_r_within"),
+        ("within, renders", "probe_r_within_renders"),
     ):
         lines.append(_row(label, *report[key].values()))
     identity, impostor, ceiling = (report[key] for key in ("identity", "identity_impostor", "identity_ceiling"))

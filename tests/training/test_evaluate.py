@@ -58,6 +58,8 @@ PROMISED = (
     "probe_r",
     "probe_r_renders",
     "probe_r2_renders",
+    "probe_r_within",
+    "probe_r_within_renders",
     "identity",
     "identity_impostor",
     "identity_ceiling",
@@ -127,6 +129,17 @@ def test_a_perfect_answer_is_measured_as_perfect(instruments: Instruments, drawn
     assert report["probe_r"] == report["probe_r_renders"]
     assert report["probe_r"]["yaw"] > 0.9
     assert report["identity"] == report["identity_ceiling"] > report["identity_impostor"] + 0.3
+
+
+def test_a_bias_for_each_person_does_not_count_within_trials(
+    instruments: Instruments, drawn: list[Trial], strangers: Any
+):
+    outcomes = [outcome(instruments, trial, shown_as(trial, trial.truth), strangers) for trial in drawn]
+    biased = [replace(one, output=one.output + 40 * index) for index, one in enumerate(outcomes)]
+    plain, shifted = summary(outcomes), summary(biased)
+    assert shifted["probe_r"]["jaw"] < plain["probe_r"]["jaw"] - 0.1
+    assert shifted["probe_r_within"] == pytest.approx(plain["probe_r_within"], abs=1e-4)
+    assert shifted["probe_r_within_renders"] == plain["probe_r_within_renders"]
 
 
 def test_an_unmoved_portrait_is_measured_as_one(instruments: Instruments, drawn: list[Trial], strangers: Any):
