@@ -291,6 +291,10 @@ def check_config(config: ModelConfig) -> None:
             f"size_px {config.size_px} is not a multiple of twice pose_guider.head.grid_px {guider.head.grid_px}",
         ),
         (
+            points.image_px % points.downscale,
+            f"keypoints.image_px {points.image_px} is not a multiple of the extractor's {points.downscale}",
+        ),
+        (
             points.gathered_cells not in (0, points.image_px // points.downscale),
             f"keypoints.gathered_cells {points.gathered_cells} is neither 0 nor the side of the last map, "
             f"{points.image_px // points.downscale}",

@@ -53,9 +53,9 @@ def face_crop(frame: Tensor, box: Tensor, crop_px: int) -> Tensor:
 
 
 def _bilinear(images: Tensor, side_px: int) -> Tensor:
-    # Without antialiasing, as the networks were trained.
     if images.shape[-2:] == (side_px, side_px):
         return images.contiguous()
+    # Without antialiasing, as the networks were trained.
     resized = F.interpolate(images, size=(side_px, side_px), mode="bilinear", align_corners=False)
     return resized.contiguous()
 

@@ -52,7 +52,7 @@ class MotionStage:
     def open(self, portrait: Pixels) -> MotionState:
         """Finds the face of a portrait, uint8 (h, w, 3), best square. Raises BadPortrait when there is none."""
         size_px = self.config.size_px
-        pose = self._poses(detector_portrait(portrait, self.config.keypoints.image_px))
+        pose = self.poses(detector_portrait(portrait, self.config.keypoints.image_px))
         box = boxes(posed_keypoints(pose), size_px, self.config.keypoints)[0]
         if not box_is_usable(box):
             raise BadPortrait(
@@ -71,9 +71,10 @@ class MotionStage:
         ends = np.cumsum([0, *(len(chunk) for chunk in frames)])
         poses: list[Pose] = []
         tokens: list[Floats | None] = []
+        # The extractor is of two precisions; where the encoder is in bfloat16, so is what it calculates for long.
         for group in groups(len(frames), next(self.motion_encoder.parameters())):
             seen = pictures[ends[group.start] : ends[group.stop]]
-            found = self._poses(detector_frames(seen, self.config.keypoints.image_px))
+            found = self.poses(detector_frames(seen, self.config.keypoints.image_px))
             face_boxes = boxes(posed_keypoints(found), self.config.size_px, self.config.keypoints)
             poses += [frame_pose(found, index) for index in range(len(seen))]
             tokens += self._face_tokens(seen, face_boxes)
@@ -82,6 +83,12 @@ class MotionStage:
             for state, (start, end) in zip(states, pairwise(ends), strict=True)
         ]
         return [self._moving(*result) for result in results]
+
+    @torch.inference_mode()
+    def poses(self, pictures: Tensor) -> Pose:
+        """What the keypoint extractor finds in pictures (n, 3, image_px, image_px) in [0, 1]."""
+        device = next(self.keypoint_extractor.parameters()).device
+        return pose_from_raw(self.keypoint_extractor(pictures.to(device)))
 
     def _moving(self, state: MotionState, chunk: MotionChunk) -> tuple[MotionState, MotionChunk]:
         """The chunk with the portrait as it moves it, where the model has a network for that."""
@@ -100,10 +107,6 @@ class MotionStage:
         looked = Looked(*(torch.from_numpy(part).to(device) for part in (state.depths, state.fields)))
         moved = mover(drawn, portrait, start, end, own_tokens, tokens, looked)
         return replace(state, own_keypoints=own), replace(chunk, moved=moved.half().cpu().numpy())
-
-    def _poses(self, pictures: Tensor) -> Pose:
-        device = next(self.keypoint_extractor.parameters()).device
-        return pose_from_raw(self.keypoint_extractor(pictures.to(device)))
 
     def _tokens(self, crops: Tensor) -> Floats:
         parameter = next(self.motion_encoder.parameters())

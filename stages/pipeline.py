@@ -67,8 +67,8 @@ def load_stages(
     num_threads: 0 takes `default_num_threads()`. Networks run in fp16 on a GPU; on a CPU in bfloat16 where the config's
     `cpu_bfloat16` is set and the CPU multiplies it (`runs_bfloat16`), else in fp32. So a model that sets it gives
     slightly different frames on different CPUs: unset it in `config.json` for equal ones. The keypoint extractor runs
-    in fp32, on a CPU all but its trunk: its angles are the result of a sum that fp16 rounds to 0.06 degrees. Raises
-    BadWeights, BadConfig.
+    in fp32, but for its trunk where the others run in bfloat16: its angles are the result of a sum that fp16 rounds to
+    0.06 degrees. Raises BadWeights, BadConfig.
     """
     torch.set_num_threads(num_threads or default_num_threads())
     keep_freed_memory()

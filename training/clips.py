@@ -158,9 +158,9 @@ def _run(sampling: Sampling, clip_frames: int, rng: np.random.Generator) -> tupl
 def decode_frames(path: Path, indices: Sequence[int], min_frames: int = 0, into: Pixels | None = None) -> Pixels:
     """(len(indices), h, w, 3) RGB frames of a video of constant rate, found by their times, in one thread.
 
-    Decodes from the nearest keyframe before each, and writes `into` an array where one is given. Raises BadClip, its
-    code being `missing_video`, `unreadable_video` (also one that breaks off), `too_few_frames` (than the indices or
-    `min_frames` ask for) or `wrong_size` (also where `into` has another).
+    Decodes from the nearest keyframe before each, and writes `into` an array of that shape where one is given. Raises
+    BadClip, with nothing written, its code being `missing_video`, `unreadable_video` (also one that breaks off),
+    `too_few_frames` (than the indices or `min_frames` ask for) or `wrong_size` (also where `into` has another).
     """
     try:
         with av.open(str(path)) as container:
@@ -230,10 +230,10 @@ def load(manifest: Manifest, pick: Pick, into: Pixels | None = None) -> Sample:
         raise BadClip(f"{clip.name}: {clip.num_frames} frames are too few for the sampling", "too_few_frames")
     boxes = _boxes(manifest, clip, pick.frames)
     truth = _truth(manifest, clip, pick.frames)
-    pixels = decode_frames(video_path(manifest.folder, clip.name), pick.frames, clip.num_frames, into)
-    if pixels.shape[1:3] != (manifest.size_px, manifest.size_px):
-        raise BadClip(f"{clip.name}: pictures of {pixels.shape[1:3]} px, not {manifest.size_px}", "wrong_size")
-    return Sample(pixels, boxes, truth.motions, truth.canonical, pick.clip, truth.person)
+    if into is None:
+        into = np.empty((len(pick.frames), manifest.size_px, manifest.size_px, 3), np.uint8)
+    decode_frames(video_path(manifest.folder, clip.name), pick.frames, clip.num_frames, into)
+    return Sample(into, boxes, truth.motions, truth.canonical, pick.clip, truth.person)
 
 
 def _boxes(manifest: Manifest, clip: Clip, frames: tuple[int, ...]) -> NDArray[np.int32]:

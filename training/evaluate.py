@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from stages.errors import BadConfig, UserError
 from stages.images import detector_frames, signed
-from stages.keypoints import pose_from_raw
 from stages.messages import Floats, Pixels
 from stages.pipeline import Stages, load_stages
 from training import measures
@@ -250,9 +249,7 @@ def arcface_figures(arcface: ArcFace, trial: Trial, seen: dict[str, Pixels]) -> 
 @torch.inference_mode()
 def keypoint_errors(stages: Stages, trial: Trial) -> dict[str, float]:
     """Mean absolute errors of the keypoint extractor on the driving frames: degrees, and place in picture halves."""
-    extractor = stages.motion.keypoint_extractor
-    images = detector_frames(signed(trial.driving), stages.config.keypoints.image_px)
-    pose = pose_from_raw(extractor(images.to(next(extractor.parameters()))))
+    pose = stages.motion.poses(detector_frames(signed(trial.driving), stages.config.keypoints.image_px))
     degrees = np.abs(pose.degrees - trial.driving_motions[:, :3]).mean(0)
     place = np.abs(pose.translation[:, :2] - trial.driving_motions[:, 3:5]).mean()
     return {name: float(v) for name, v in zip(("pitch", "yaw", "roll", "place"), (*degrees, place), strict=True)}
@@ -294,18 +291,19 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """
     parts = ("driver", "output", "renders")
     driver, output, renders = (np.concatenate([getattr(result, part) for result in outcomes]) for part in parts)
-    moved = (np.concatenate([centred(getattr(result, part)) for result in outcomes]) for part in parts)
-    driver_moved, output_moved, renders_moved = moved
+    driver_within, output_within, renders_within = (
+        np.concatenate([centred(getattr(result, part)) for result in outcomes]) for part in parts
+    )
     columns = {name: READINGS.index(name) for name in PROBED}
     is_open = driver[:, columns["blink"]] <= 0.5
     return means([result.figures for result in outcomes]) | {
         "probe_r": {name: measures.correlation(driver[:, c], output[:, c]) for name, c in columns.items()},
         "probe_r_renders": {name: measures.correlation(driver[:, c], renders[:, c]) for name, c in columns.items()},
         "probe_r_within": {
-            name: measures.correlation(driver_moved[:, c], output_moved[:, c]) for name, c in columns.items()
+            name: measures.correlation(driver_within[:, c], output_within[:, c]) for name, c in columns.items()
         },
         "probe_r_within_renders": {
-            name: measures.correlation(driver_moved[:, c], renders_moved[:, c]) for name, c in columns.items()
+            name: measures.correlation(driver_within[:, c], renders_within[:, c]) for name, c in columns.items()
         },
         "probe_r2_renders": {
             name: measures.explained(*(part[is_open | (not name.startswith("gaze")), c] for part in (driver, renders)))
@@ -351,8 +349,8 @@ def table(report: dict[str, Any]) -> str:
         ("r, output", "probe_r"),
         ("r, true renders", "probe_r_renders"),
         ("R², same", "probe_r2_renders"),
-        ("within, output", "probe_r_within"),
-        ("within, renders", "probe_r_within_renders"),
+        ("r within, output", "probe_r_within"),
+        ("r within, same", "probe_r_within_renders"),
     ):
         lines.append(_row(label, *report[key].values()))
     identity, impostor, ceiling = (report[key] for key in ("identity", "identity_impostor", "identity_ceiling"))

@@ -1,7 +1,7 @@
 """Weights for others to use: `python -m training.export OUT/stream/weights stages/tiny`.
 
-Copies a weights folder with every network stored in half precision. The pose extractor too: it runs in fp32, and halves
-move the bundled model's angles by 0.002 degrees. Refuses a folder in which a network is missing.
+Copies a weights folder with every network stored in half precision. The pose extractor too: its heads run in fp32, and
+halves move the bundled model's angles by 0.002 degrees. Refuses a folder in which a network is missing.
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ from tqdm import tqdm
 from stages.animate import animate_video
 from stages.errors import UserError
 from stages.images import detector_frames, signed
-from stages.keypoints import pose_from_raw
 from stages.messages import Floats, Pixels, Pose
 from stages.pipeline import Stages, load_stages
 from stages.portraits import load_portrait, read_portrait
@@ -140,12 +139,10 @@ def watch(
 @torch.inference_mode()
 def poses_of(stages: Stages, pictures: Pixels) -> Pose:
     """What the keypoint extractor finds in pictures (n, s, s, 3)."""
-    extractor = stages.motion.keypoint_extractor
-    parameter = next(extractor.parameters())
     parts = []
     for start in range(0, len(pictures), BATCH):
         images = detector_frames(signed(pictures[start : start + BATCH]), stages.config.keypoints.image_px)
-        parts.append(pose_from_raw(extractor(images.to(parameter))))
+        parts.append(stages.motion.poses(images))
     names = ("canonical", "degrees", "translation", "scale")
     return Pose(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 

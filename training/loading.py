@@ -33,6 +33,7 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 from tqdm import tqdm
 
 from stages.errors import UserError
+from stages.messages import Pixels
 from training.clips import (
     NUM_BOXES,
     NUM_KEYPOINTS,
@@ -54,7 +55,8 @@ BLOCK_BYTES = 48 << 20
 """Pixels that one task decodes: enough that a task's own cost vanishes, and below Ray Data's limit for a block."""
 MAX_BLOCK_PICKS = 64
 BLOCKS_PER_DATASET = 512
-PARTS = ("pixels", "boxes", "motions", "canonical", "person")
+PARTS = ("boxes", "motions", "canonical", "person")
+"""Columns of a block besides `pixels` and what a pick is."""
 Columns = dict[str, NDArray[Any]]
 
 
@@ -127,28 +129,26 @@ def decode_block(rows: Columns, folder: str, size_px: int) -> Columns:
     """
     clips = tuple(Clip(str(name), int(num)) for name, num in zip(rows["name"], rows["num_frames"], strict=True))
     manifest = Manifest(Path(folder), size_px, 0.0, clips)
-    num_picks, num_frames = rows["frames"].shape
     # Samples are written where they leave from: another copy of all pixels would be a tenth of a task's work.
-    pixels = np.empty((num_picks, num_frames, size_px, size_px, 3), np.uint8)
+    pixels = np.zeros((*rows["frames"].shape, size_px, size_px, 3), np.uint8)
     chosen = (Pick(index, tuple(frames.tolist())) for index, frames in enumerate(rows["frames"]))
     tried = [attempt(manifest, pick, into) for pick, into in zip(chosen, pixels, strict=True)]
-    pixels[[not isinstance(each, Sample) for each in tried]] = 0
-    blank = _blank(num_frames, size_px)
-    samples = [each if isinstance(each, Sample) else blank for each in tried]
+    samples = [each if isinstance(each, Sample) else _blank(into) for each, into in zip(tried, pixels, strict=True)]
     errors = [("", "") if isinstance(each, Sample) else (each[1].code, str(each[1])) for each in tried]
     return {
         "clip": rows["clip"],
         "code": np.array([code for code, _ in errors]),
         "message": np.array([message for _, message in errors]),
         "pixels": pixels,
-    } | {name: np.stack([getattr(sample, name) for sample in samples]) for name in PARTS if name != "pixels"}
+    } | {name: np.stack([getattr(sample, name) for sample in samples]) for name in PARTS}
 
 
-def _blank(num_frames: int, size_px: int) -> Sample:
+def _blank(pixels: Pixels) -> Sample:
+    """A sample of zeros, beside pixels (n, s, s, 3)."""
     return Sample(
-        np.zeros((num_frames, size_px, size_px, 3), np.uint8),
-        np.zeros((num_frames, NUM_BOXES, 4), np.int32),
-        np.zeros((num_frames, NUM_MOTIONS), np.float32),
+        pixels,
+        np.zeros((len(pixels), NUM_BOXES, 4), np.int32),
+        np.zeros((len(pixels), NUM_MOTIONS), np.float32),
         np.zeros((NUM_KEYPOINTS, 3), np.float32),
         -1,
     )
@@ -160,8 +160,8 @@ def attempts_of(block: Columns) -> Iterator[Attempt]:
         if code:
             yield clip, BadClip(str(block["message"][index]), code)
         else:
-            pixels, boxes, motions, canonical, person = (block[name][index] for name in PARTS)
-            yield Sample(pixels, boxes, motions, canonical, clip, int(person))
+            boxes, motions, canonical, person = (block[name][index] for name in PARTS)
+            yield Sample(block["pixels"][index], boxes, motions, canonical, clip, int(person))
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,8 @@ class KeypointExtractor(nn.Module):
         self.stages = nn.ModuleList([nn.Sequential(*(Block(dim) for _ in range(depth))) for dim, depth in depths])
         self.gather = nn.Conv2d(width, width, config.gathered_cells) if config.gathered_cells else None
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.pinpoint: Pinpoint | None = None
-        if config.fine_channels:
-            self.pinpoint = Pinpoint(config.dims, config.fine_channels, config.num_keypoints)
+        fine = config.fine_channels
+        self.pinpoint = Pinpoint(config.dims, fine, config.num_keypoints) if fine else None
         self.fc_kp = nn.Linear(width, 3 * config.num_keypoints)
         self.fc_scale = nn.Linear(width, 1)
         self.fc_pitch = nn.Linear(width, num_bins)
@@ -67,8 +66,8 @@ class KeypointExtractor(nn.Module):
         self.fc_t = nn.Linear(width, 3)
 
     def trunk(self) -> list[nn.Module]:
-        """What may run in bfloat16: all that looks at cells. Its maps then move angles by 0.02 degrees; what follows
-        would move them by 0.25 and stays in fp32 always."""
+        """What may run in bfloat16: all up to the last map, and the heat. That moves the bundled model's angles by 0.02
+        degrees; `gather` and what follows would move them by 0.25 and stay in fp32 always."""
         pinpoint = [] if self.pinpoint is None else self.pinpoint.trunk()
         return [self.downsample_layers, self.stages, *pinpoint]
 
@@ -88,7 +87,7 @@ class KeypointExtractor(nn.Module):
 
     def _heads(self, last: Tensor, heat: Tensor | None) -> RawPose:
         x = self.norm(reduce(last if self.gather is None else self.gather(last), "n c h w -> n c", "mean"))
-        if self.pinpoint is not None and heat is not None:
+        if self.pinpoint is not None:
             x = self.pinpoint(x, heat)
         return RawPose(
             keypoints=self.fc_kp(x),

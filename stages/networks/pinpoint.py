@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from stages.networks.convnext import ChannelNorm
 
 PATCH_PX = 4
-SIZE = 4.0
+READ_SIZE = 4.0
 """Of the faces that `read` sees: their features then differ from person to person and pose to pose by about 1."""
 
 
@@ -64,10 +64,10 @@ class Pinpoint(nn.Module):
         """(n, width) and heat to (n, width): with what places, relative to each other, and how sure they are tell."""
         places, spreads = places_of(heat)
         middle = places.mean(dim=1, keepdim=True)
-        size = reduce((places - middle).square(), "n k c -> n 1 1", "mean").sqrt() + 1e-3
-        shape = rearrange((places - middle) / size, "n k c -> n (k c)") * SIZE
-        whole = torch.cat([middle.flatten(1), size.flatten(1).log()], dim=1)
-        return x + self.read(torch.cat([shape, spreads / size[..., 0], whole, x], dim=1))
+        size = (reduce((places - middle).square(), "n k c -> n 1 1", "mean") + 1e-6).sqrt()
+        shape = rearrange((places - middle) / size, "n k c -> n (k c)") * READ_SIZE
+        position = torch.cat([middle.flatten(1), size.flatten(1).log()], dim=1)
+        return x + self.read(torch.cat([shape, spreads / size[..., 0], position, x], dim=1))
 
 
 def places_of(heat: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,3 +36,13 @@ def test_a_face_elsewhere_and_larger_has_the_same_shape():
     torch.testing.assert_close(small, large, rtol=1e-2, atol=1e-2)
     heat[1, 2] = heat[1, 1]
     assert (pinpoint(torch.zeros(2, 10), heat)[1] - small).abs().max() > 0.1
+
+
+def test_gradients_are_finite_where_all_keypoints_are_in_one_place():
+    pinpoint = Pinpoint((6, 10), 4, 3)
+    torch.nn.init.ones_(pinpoint.read[-1].weight)
+    heat = torch.full((1, 3, 4, 4), -1.0)
+    heat[..., 1, 2] = 9.0
+    heat.requires_grad_()
+    pinpoint(torch.zeros(1, 10), heat).sum().backward()
+    assert heat.grad is not None and heat.grad.isfinite().all()

@@ -104,6 +104,15 @@ def test_a_session_is_kept_in_fp32_whatever_the_networks_run_in(coarse, draw_pic
     assert torch.equal(restored.latents, state.latents) and torch.equal(restored.bank, state.bank)
 
 
+def test_in_bfloat16_sessions_go_through_the_extractor_one_after_another(coarse, draw_picture, draw_chunks):
+    states = [coarse.motion.open(draw_picture(seed)) for seed in (1, 2)]
+    sizes: list[int] = []
+    hook = coarse.motion.keypoint_extractor.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    coarse.motion.run(states, [next(iter(draw_chunks(seed, 1))) for seed in (1, 2)])
+    hook.remove()
+    assert sizes == ([2, 2] if runs_bfloat16() else [4])
+
+
 def test_frames_in_bfloat16_are_nearly_those_in_fp32(stages, coarse, draw_picture, draw_chunks):
     portrait, chunks = draw_picture(1), draw_chunks(1, NUM_CALLS)
     exact, ours = (frames_of(made, portrait, chunks, 5).astype(int) for made in (stages, coarse))

@@ -71,7 +71,7 @@ def test_bad_clients_that_all_are_let_in_stop_nobody(house):
     alone, beside = bench("--url", house.stream, "--bad-clients", "--seconds", "20")
     told = beside["bad_clients"]
     assert told["flood flooding"] > 0
-    # How many of the others come to an end in this time depends on the machine; that they got in does not.
+    # How many of the others come to an end in this time depends on the machine; that some reach the server does not.
     assert all(told[f"{kind} attempts"] > told.get(f"{kind} unreachable", 0) for kind in KINDS)
     assert beside["total_fps"] > alone["total_fps"] / 4
     assert beside["delay_ms"]["p99"] < 10_000

@@ -127,7 +127,7 @@ def test_a_perfect_answer_is_measured_as_perfect(instruments: Instruments, drawn
     assert report["sharpness"] == 1 and report["flicker"] == pytest.approx(1)
     assert report["aed"] == report["apd"] == report["cross_tlp"] == 0
     assert report["probe_r"] == report["probe_r_renders"]
-    assert report["probe_r"]["yaw"] > 0.9
+    assert report["probe_r"]["yaw"] > 0.9 < report["probe_r_within"]["yaw"]
     assert report["identity"] == report["identity_ceiling"] > report["identity_impostor"] + 0.3
 
 
@@ -149,6 +149,7 @@ def test_an_unmoved_portrait_is_measured_as_one(instruments: Instruments, drawn:
     assert report["aed"] == report["aed_static"] > 0 and report["apd"] > 1
     assert report["cross_perceptual"] == report["static_perceptual"] > 0.01
     assert report["flicker"] == 0
+    assert report["probe_r_within"]["yaw"] < 0.5 < 0.9 < report["probe_r_within_renders"]["yaw"]
 
 
 def test_another_persons_answer_costs_identity(instruments: Instruments, drawn: list[Trial], strangers: Any):

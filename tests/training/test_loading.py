@@ -57,7 +57,7 @@ def test_a_task_decodes_as_the_plain_loop_does_and_says_what_is_bad(data):
 def test_a_task_whose_picks_are_all_bad_gives_a_block_nevertheless(data):
     chosen = [pick for pick in islice(picks(data, SAMPLING, 2, 0, 1), 6) if pick.clip == 2]
     block = decode_block(rows_of(data, chosen), str(data.folder), SIZE)
-    assert block["pixels"].shape == (2, 4, SIZE, SIZE, 3)
+    assert block["pixels"].shape == (2, 4, SIZE, SIZE, 3) and not block["pixels"].any()
     assert all(isinstance(error, BadClip) for _, error in attempts_of(block))
 
 

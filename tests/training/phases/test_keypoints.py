@@ -76,13 +76,32 @@ def test_a_perfect_answer_costs_nothing_and_absence_is_judged_apart():
     assert worse > loss + 0.01
 
 
-def test_heat_is_judged_by_its_mean_and_its_surprise_for_keypoints_inside_the_picture():
+def test_heat_is_judged_by_its_mean_for_keypoints_inside_the_picture():
     right, wrong = torch.full((1, 2, 4, 4), -9.0), torch.full((1, 2, 4, 4), -9.0)
     right[0, :, 1, 2] = wrong[0, :, 3, 0] = 9.0
-    inside = torch.tensor([[[0.25, -0.25], [1.5, 0.0]]])
-    good, bad = heat_loss(right, inside), heat_loss(wrong, inside)
-    assert good.shape == (1,) and float(bad) > float(good) + 8 * (0.75 + 1.0) / 2 / 2
-    assert float(heat_loss(wrong, inside + 2)) == 0
+    places = torch.tensor([[[0.25, -0.25], [1.5, 0.0]]])
+    # Both distances are 1, of one of two keypoints.
+    assert float(heat_loss(wrong, places) - heat_loss(right, places)) > 8 * 1 / 2
+    assert float(heat_loss(wrong, places + 2)) == 0
+
+
+def test_heat_is_judged_by_its_surprise_where_means_are_equal():
+    single, pair, other = (torch.full((1, 1, 5, 5), -9.0) for _ in range(3))
+    single[0, 0, 2, 2] = pair[0, 0, 1, 0] = pair[0, 0, 3, 4] = other[0, 0, 0, 1] = other[0, 0, 4, 3] = 9.0
+    assert float(heat_loss(single, torch.zeros(1, 1, 2)) - heat_loss(pair, torch.zeros(1, 1, 2))) < -0.005
+    # The pair's lower cell lies nearer to this place than the other's, which is its transpose.
+    place = torch.tensor([[[0.8, 0.4]]])
+    assert heat_loss(pair, place) < heat_loss(other, place)
+
+
+def test_a_loss_is_the_same_in_mixed_precision():
+    canonical, heat = torch.randn(2, 5, 3), torch.randn(2, 5, 8, 8)
+    pose = torch.tensor([[4.1, -9.7, 1.3, 0.13, 0.02, 0.61], [3.3, 1.7, 4.4, -0.21, 0.11, 0.57]])
+    raw, there = replace(raw_pose(canonical, pose + 0.1), heat=heat), torch.tensor([True, True])
+    exact, _ = keypoint_loss(raw, canonical, pose, there)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = keypoint_loss(raw, canonical, pose, there)
+    assert torch.equal(exact, mixed)
 
 
 def test_a_loss_counts_the_heat_of_those_who_are_there():
