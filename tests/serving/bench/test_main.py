@@ -57,7 +57,7 @@ async def test_overload_alone_measures_one_session_first(echo_server, clip):
 
 
 async def test_good_sessions_are_measured_alone_and_beside_bad_clients(echo_server, clip):
-    alone, beside = await runs(echo_server, clip, "--bad-clients", "--seconds", "1", num_good=2)
+    alone, beside = await runs(echo_server, clip, "--bad-clients", "--seconds", "2", num_good=2)
     assert (alone["sessions"], beside["sessions"]) == (2, 2)
     assert alone["bad_clients"] is None and sum(beside["bad_clients"].values()) > 0
     assert beside["p95_ratio"] == pytest.approx(beside["delay_ms"]["p95"] / alone["delay_ms"]["p95"], abs=0.001)
