@@ -129,7 +129,7 @@ def decode_block(rows: Columns, folder: str, size_px: int) -> Columns:
     """
     clips = tuple(Clip(str(name), int(num)) for name, num in zip(rows["name"], rows["num_frames"], strict=True))
     manifest = Manifest(Path(folder), size_px, 0.0, clips)
-    # Samples are written where they leave from: another copy of all pixels would be a tenth of a task's work.
+    # Samples are written where they leave from, without another copy of all pixels.
     pixels = np.zeros((*rows["frames"].shape, size_px, size_px, 3), np.uint8)
     chosen = (Pick(index, tuple(frames.tolist())) for index, frames in enumerate(rows["frames"]))
     tried = [attempt(manifest, pick, into) for pick, into in zip(chosen, pixels, strict=True)]
