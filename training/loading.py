@@ -33,7 +33,6 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 from tqdm import tqdm
 
 from stages.errors import UserError
-from stages.messages import Pixels
 from training.clips import (
     NUM_BOXES,
     NUM_KEYPOINTS,
@@ -55,8 +54,7 @@ BLOCK_BYTES = 48 << 20
 """Pixels that one task decodes: enough that a task's own cost vanishes, and below Ray Data's limit for a block."""
 MAX_BLOCK_PICKS = 64
 BLOCKS_PER_DATASET = 512
-PARTS = ("boxes", "motions", "canonical", "person")
-"""Columns of a block besides `pixels` and what a pick is."""
+PARTS = ("pixels", "boxes", "motions", "canonical", "person")
 Columns = dict[str, NDArray[Any]]
 
 
@@ -129,26 +127,22 @@ def decode_block(rows: Columns, folder: str, size_px: int) -> Columns:
     """
     clips = tuple(Clip(str(name), int(num)) for name, num in zip(rows["name"], rows["num_frames"], strict=True))
     manifest = Manifest(Path(folder), size_px, 0.0, clips)
-    # Samples are written where they leave from, without another copy of all pixels.
-    pixels = np.zeros((*rows["frames"].shape, size_px, size_px, 3), np.uint8)
-    chosen = (Pick(index, tuple(frames.tolist())) for index, frames in enumerate(rows["frames"]))
-    tried = [attempt(manifest, pick, into) for pick, into in zip(chosen, pixels, strict=True)]
-    samples = [each if isinstance(each, Sample) else _blank(into) for each, into in zip(tried, pixels, strict=True)]
+    tried = [attempt(manifest, Pick(index, tuple(frames.tolist()))) for index, frames in enumerate(rows["frames"])]
+    blank = _blank(rows["frames"].shape[1], size_px)
+    samples = [each if isinstance(each, Sample) else blank for each in tried]
     errors = [("", "") if isinstance(each, Sample) else (each[1].code, str(each[1])) for each in tried]
     return {
         "clip": rows["clip"],
         "code": np.array([code for code, _ in errors]),
         "message": np.array([message for _, message in errors]),
-        "pixels": pixels,
     } | {name: np.stack([getattr(sample, name) for sample in samples]) for name in PARTS}
 
 
-def _blank(pixels: Pixels) -> Sample:
-    """A sample of zeros, beside pixels (n, s, s, 3)."""
+def _blank(num_frames: int, size_px: int) -> Sample:
     return Sample(
-        pixels,
-        np.zeros((len(pixels), NUM_BOXES, 4), np.int32),
-        np.zeros((len(pixels), NUM_MOTIONS), np.float32),
+        np.zeros((num_frames, size_px, size_px, 3), np.uint8),
+        np.zeros((num_frames, NUM_BOXES, 4), np.int32),
+        np.zeros((num_frames, NUM_MOTIONS), np.float32),
         np.zeros((NUM_KEYPOINTS, 3), np.float32),
         -1,
     )
@@ -160,8 +154,8 @@ def attempts_of(block: Columns) -> Iterator[Attempt]:
         if code:
             yield clip, BadClip(str(block["message"][index]), code)
         else:
-            boxes, motions, canonical, person = (block[name][index] for name in PARTS)
-            yield Sample(block["pixels"][index], boxes, motions, canonical, clip, int(person))
+            pixels, boxes, motions, canonical, person = (block[name][index] for name in PARTS)
+            yield Sample(pixels, boxes, motions, canonical, clip, int(person))
 
 
 @dataclass(frozen=True)

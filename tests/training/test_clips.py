@@ -160,17 +160,6 @@ def test_frames_are_found_whatever_is_asked(drawn):
         assert np.array_equal(decode_frames(path, asked), everything[asked])
 
 
-def test_frames_are_written_into_an_array_of_their_size_and_no_other(tmp_path: Path):
-    path = tmp_path / "clip.mp4"
-    write_video(path, [SIZE] * 5)
-    into = np.zeros((2, 3, SIZE, SIZE, 3), np.uint8)
-    decode_frames(path, (0, 4, 2), into=into[1])
-    assert np.array_equal(into[1], decode_frames(path, (0, 4, 2))) and into[1].any() and not into[0].any()
-    with pytest.raises(BadClip, match=r"not \(64, 48\)") as caught:
-        decode_frames(path, (0,), into=np.zeros((1, 64, 48, 3), np.uint8))
-    assert caught.value.code == "wrong_size"
-
-
 def write_video(path, sizes, times=None, **options):
     """Noise of these sizes, shown at `times`, in 25ths of a second."""
     with av.open(str(path), "w", options=options) as container:
