@@ -105,6 +105,12 @@ class Batch:
     """(b,) seeds of drawn people, -1 for filmed clips: what the world can say more of them."""
 
 
+def check_drawn(batch: Batch, who: str, mend: str) -> None:
+    """Raises BadData where `who` asks a filmed clip for what only the world knows; `mend` says what to do."""
+    if np.isnan(batch.motions).any() or np.isnan(batch.canonical).any():
+        raise BadData(f"{who} needs exact poses, which filmed clips do not have: {mend} (`python -m training.draw`)")
+
+
 def epoch_order(num_clips: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """(num_clips,) the order in which an epoch visits the clips."""
     return np.random.default_rng([seed, epoch, ORDER]).permutation(num_clips)

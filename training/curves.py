@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ POLL_S = 0.5
 MAX_LINE_BYTES = 8192
 
 Metrics = dict[str, float]
+log = logging.getLogger(__name__)
 
 
 class Curves:
@@ -33,8 +35,14 @@ class Curves:
         self._writer: SummaryWriter | None = None
 
     def write(self, metrics: Metrics) -> None:
-        """Adds what a report says; its `step` is the place on the curves."""
-        step = int(metrics["step"])
+        """Adds what a report says; its `step` is the place on the curves. On a full disk it is left out: curves are no
+        reason to stop."""
+        try:
+            self._add(metrics, int(metrics["step"]))
+        except OSError as error:
+            log.warning("curves in %s are not written (%s): make room there; training goes on", self._place, error)
+
+    def _add(self, metrics: Metrics, step: int) -> None:
         if self._writer is None:
             _drop_from(self._place / METRICS, step)
             self._writer = SummaryWriter(str(self._place / EVENTS), purge_step=step)

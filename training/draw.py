@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from training.identity import sample_identity
 from training.layout import (
+    BadData,
     Boxes,
     Clip,
     Manifest,
     Truth,
+    claim_folder,
     truth_path,
     video_path,
     write_boxes,
@@ -114,7 +116,7 @@ def draw_clip(plan: Plan) -> Clip:
 
 def draw_data(folder: Path, kind: str, seeds: range, num_frames: int, size_px: int, num_workers: int) -> Manifest:
     """Draws a clip per seed with several processes and writes the manifest."""
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(folder, "draw.json", {"kind": kind, "num_frames": num_frames, "size_px": size_px})
     plans = [Plan(folder, kind, seed, num_frames, size_px) for seed in seeds]
     # One thread each: several processes whose matrix products all use every core take three times as long.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -138,7 +140,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that draw")
     args = parser.parse_args()
     seeds = range(args.first_seed, args.first_seed + args.clips)
-    manifest = draw_data(args.out, args.kind, seeds, args.frames, args.size, args.workers)
+    try:
+        manifest = draw_data(args.out, args.kind, seeds, args.frames, args.size, args.workers)
+    except BadData as error:
+        parser.error(str(error))
     print(f"{len(manifest.clips)} clips of {args.frames} frames in {args.out}")
 
 

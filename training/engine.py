@@ -75,6 +75,8 @@ class Run:
     num_workers: int = 1
     weights: str = ""
     """Digest of the weights that it starts from."""
+    data: str = ""
+    """Digest of the manifest that it learns from, whose order of clips follows from their number."""
 
 
 @dataclass
@@ -274,15 +276,17 @@ def _skip(training: Training, step: int) -> None:
 
 
 def _summary(training: Training, done: int, steps_per_s: float) -> Metrics:
-    """What is reported after a step: means since the last report. `loss` is over all ranks, the rest of this one."""
+    """What is reported after a step, since the last report. `loss` and `num_bad` are over all ranks, the rest of this
+    one."""
     config = training.run.config
+    num_bad = float(mean_over_ranks(torch.tensor(float(training.num_bad), device=training.device)))
     summary: Metrics = {
         "step": done,
         "loss": sum(training.losses) / len(training.losses) if training.losses else math.nan,
         "samples_per_s": steps_per_s * config.batch_size * training.run.num_workers,
         "learning_rate": learning_rate(config.optimiser, training.learner.peak, done - 1, config.num_steps),
         "num_skipped": training.num_skipped,
-        "num_bad": training.num_bad,
+        "num_bad": round(num_bad * training.run.num_workers),
     }
     summary |= {name: float(torch.stack(values).mean()) for name, values in training.metrics.items()}
     training.losses.clear()

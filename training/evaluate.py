@@ -416,7 +416,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seconds", type=float, default=3.0, help="length of each (default 3)")
     result.add_argument("--seed", type=int, default=0, help="which people and motions (default 0)")
     result.add_argument(
-        "--drift-seconds", type=float, default=0.0, help="also measure drift over so long a stream: 120"
+        "--drift-seconds",
+        type=float,
+        default=120.0,
+        help="length of the stream whose ends are compared (default 120; 0: none)",
     )
     result.add_argument("--out", type=Path, help="folder for evaluation.json, sheet.png and video.mp4")
     result.add_argument("--json", action="store_true", help="print only the JSON")

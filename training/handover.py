@@ -25,7 +25,7 @@ from stages.weights import NETWORKS, build_network, fill_network, load_tensors, 
 from training.checkpoints import CheckpointFailed
 from training.engine import Run, json_values
 from training.optimise import whole
-from training.phases.build import start_fresh
+from training.phases.build import CRITIC, start_fresh
 from training.phases.phase import Phase
 
 WEIGHTS = "weights"
@@ -92,10 +92,14 @@ def fresh_network(name: str, model: ModelConfig, seed: int) -> nn.Module:
 
 
 def whole_networks(phase: Phase) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a phase's networks by name. Collective where they are sharded: every rank calls it."""
+    """The tensors of a phase's networks, and of its discriminator, by name. Collective where they are sharded: every
+    rank calls it."""
+    networks: dict[str, nn.Module] = dict(phase.networks.items())
+    if phase.critic is not None:
+        networks[CRITIC] = phase.critic
     return {
         name: {key: whole(tensor).detach().cpu() for key, tensor in network.state_dict().items()}
-        for name, network in phase.networks.items()
+        for name, network in networks.items()
     }
 
 

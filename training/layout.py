@@ -10,9 +10,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,9 +90,7 @@ def write_manifest(manifest: Manifest) -> Path:
     """Writes the folder's manifest in one move; clips in the order of their names, which is the order of training."""
     clips = [asdict(clip) for clip in sorted(manifest.clips, key=lambda clip: clip.name)]
     path = manifest.folder / MANIFEST
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps({"size_px": manifest.size_px, "fps": manifest.fps, "clips": clips}, indent=1))
-    partial.replace(path)
+    _replace(path, json.dumps({"size_px": manifest.size_px, "fps": manifest.fps, "clips": clips}, indent=1))
     return path
 
 
@@ -109,6 +110,31 @@ def read_manifest(folder: Path) -> Manifest:
     if not manifest.clips:
         raise BadData(f"{path} lists no clips")
     return manifest
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """Names what a manifest lists, wherever its folder lies."""
+    listed = [manifest.size_px, manifest.fps, [asdict(clip) for clip in manifest.clips]]
+    return hashlib.blake2b(json.dumps(listed).encode(), digest_size=16).hexdigest()
+
+
+def claim_folder(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Notes in `folder`/`name` with which settings the folder is filled. Raises BadData where it has been with others.
+
+    A folder that was filled before such notes were made is taken as it is.
+    """
+    path, wanted = folder / name, json.dumps(dict(settings), indent=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        _replace(path, wanted)
+    elif path.read_text() != wanted:
+        raise BadData(f"{folder} was filled with other settings ({path}): repeat those, or choose another folder")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_suffix(".part")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def write_boxes(folder: Path, name: str, boxes: Boxes) -> None:
@@ -135,7 +161,10 @@ def write_truth(folder: Path, name: str, truth: Truth) -> None:
     """Saves what is true of a drawn clip."""
     path = truth_path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, motions=truth.motions, canonical=truth.canonical, person=truth.person)
+    # In one move: a clip whose truth is there is drawn.
+    partial = path.with_suffix(".part.npz")
+    np.savez(partial, motions=truth.motions, canonical=truth.canonical, person=truth.person)
+    partial.replace(path)
 
 
 def read_truth(folder: Path, name: str) -> Truth | None:

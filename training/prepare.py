@@ -28,7 +28,7 @@ from stages.errors import UserError
 from training.cutting import Limits, Reason, Rejected
 from training.faces import load_detector
 from training.footage import Footage, Settings, prepare_video
-from training.layout import BadData, Clip, Manifest, write_manifest
+from training.layout import BadData, Clip, Manifest, claim_folder, write_manifest
 
 ENDINGS = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv")
 MAX_TRIES = 3
@@ -76,13 +76,8 @@ def _job(path: Path, videos: Path) -> Job:
 
 def claim(folder: Path, settings: Settings) -> None:
     """Makes a folder one of these settings. Raises BadData where it has been filled with others."""
-    path = folder / "prepare.json"
-    wanted = json.dumps(asdict(settings), indent=1)
-    (folder / "done").mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        _replace(path, wanted)
-    elif path.read_text() != wanted:
-        raise BadData(f"{folder} was prepared with other settings ({path}): repeat those, or choose another folder")
+    claim_folder(folder, "prepare.json", asdict(settings))
+    (folder / "done").mkdir(exist_ok=True)
 
 
 def read_done(folder: Path, job: Job) -> Footage | None:

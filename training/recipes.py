@@ -1,7 +1,7 @@
 """What a training run is: recipes are functions that return a whole config. Read by `training.run` and the phases.
 
 `official`: the paper's settings at full size, from given weights. `tiny`: the bundled model, from nothing. `smoke`:
-every phase of a very small model in a minute or two. Where paper and released code differ, the comment at the field
+every phase of a very small model in some minutes. Where paper and released code differ, the comment at the field
 says which is taken (P paper, T released training code) and every alternative is a field.
 """
 
@@ -11,7 +11,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from stages.config import (
@@ -27,6 +26,7 @@ from stages.config import (
 )
 from stages.errors import BadConfig
 from training.clips import Sampling
+from training.limits import check_phase
 
 PHASES = ("autoencoder", "keypoints", "mover", "motion", "distill", "stream")
 
@@ -110,7 +110,9 @@ class AnimationConfig(PhaseConfig):
     drop_reference_tokens: float = 0.3
     """Share of the portrait's tokens that is hidden in each layer."""
     face_weight: float = 1.0
-    """Added weight inside the face box, and once more inside eyes and mouth. T; the paper weighs evenly."""
+    """Added weight inside the face box. T, as the next; the paper weighs evenly."""
+    parts_weight: float = 3.0
+    """Added to both inside eyes and mouth: T squares masks of 1 in the face and 2 in its parts."""
     augment: float = 1.0
     """Strength of the driving crop's augmentation, 1 as in T."""
     pose_noise: float = 0.0
@@ -168,21 +170,29 @@ class DistillConfig(AnimationConfig):
     perceptual_weight: float = 2.0
     adversarial_weight: float = 0.05
     adversarial_from_step: int = 3000
-    critic_from_step: int = 5000
-    """T, as the previous one; the paper starts both at once."""
+    """T; the paper starts at once. Both have a discriminator that has seen faces before."""
+    critic_from_step: int = 1000
+    """T: 5000, behind the previous one. Ours starts from nothing, so that it must learn before it is heard."""
     critic_channels: int = 512
     """Most channels of the discriminator."""
-    lpips_vgg: Path | None = None
+    lpips_vgg: str | None = None
     """torchvision's VGG16 weights and, next, lpips' linear layers; without both, `training.perceptual.substitute`."""
-    lpips_linear: Path | None = None
+    lpips_linear: str | None = None
+    recompute: bool = False
+    """True: pictures are decoded one by one, and again for their gradients, for a fraction of the memory (T in stage 3:
+    at full size a window's do not fit)."""
     portrait_start: bool = False
     """True: new frames enter as the noised portrait, as in inference (T's inference code); False: as noise (P, T)."""
 
 
 @dataclass(frozen=True)
 class StreamConfig(DistillConfig):
-    """Sliding training of the temporal modules (paper, section 3.3, algorithm 2)."""
+    """Sliding training of the temporal modules (paper, section 3.3, algorithm 2). Its discriminator is the one that
+    `distill` has left."""
 
+    adversarial_from_step: int = 50
+    critic_from_step: int = 50
+    """T."""
     gradient_every: int = 3
     """Windows per update: 3 of the 7 windows of a 40-frame clip are learned from."""
     sliding: bool = True
@@ -226,7 +236,7 @@ def official() -> Recipe:
         model=ModelConfig(),
         motion=MotionConfig(num_steps=30_000, batch_size=4, sampling=still),
         distill=DistillConfig(num_steps=30_000, batch_size=4, sampling=still),
-        stream=StreamConfig(num_steps=10_000, batch_size=1, sampling=clip, **temporal),
+        stream=StreamConfig(num_steps=10_000, batch_size=1, sampling=clip, recompute=True, **temporal),
     )
 
 
@@ -325,6 +335,7 @@ def tiny() -> Recipe:
     given: dict[str, Any] = {
         "drop_reference": 0.0, "drop_pose": 0.0, "drop_motion": 0.0, "drop_reference_tokens": 0.1, "poses": "truth",
         "expressions": "truth", "pose_noise": 0.1, "portrait_noise": 0.5, "augment": 0.0, "face_weight": 4.0,
+        "parts_weight": 4.0,
         "frozen_parts": ("temporal_modules", "pose_guider.base.", "pose_guider.mover."), "checkpoint_every": 200,
         "trained": ("reference_unet", "denoising_unet", "pose_guider"),
     }  # fmt: skip
@@ -345,6 +356,7 @@ def tiny() -> Recipe:
         mover=MoverConfig(
             num_steps=8000, batch_size=2, sampling=poses, optimiser=_quick(1.4e-3, 0.995), checkpoint_every=200,
             picture_weight=2.0, absolute_weight=0.3, perceptual_weight=1.0, face_weight=6.0,
+            parts_weight=6.0,
             **{name: given[name] for name in ("poses", "expressions", "pose_noise", "portrait_noise", "augment",
             "drop_reference")},
         ),
@@ -354,7 +366,7 @@ def tiny() -> Recipe:
         ),
         distill=DistillConfig(
             num_steps=6500, batch_size=1, sampling=poses, optimiser=_quick(9e-4, 0.995), perceptual_weight=2.5,
-            adversarial_weight=0.0, **appearance, **given | {"face_weight": 5.0},
+            adversarial_weight=0.0, **appearance, **given | {"face_weight": 5.0, "parts_weight": 5.0},
         ),
         stream=StreamConfig(
             num_steps=300, batch_size=1, sampling=run, optimiser=_quick(4e-4, 0.99), perceptual_weight=0.5,
@@ -424,7 +436,7 @@ def smoke_model() -> ModelConfig:
 
 
 def smoke() -> Recipe:
-    """Every phase of a very small model, discriminator and extractors among what is trained: a minute in all."""
+    """Every phase of a very small model, discriminator and extractors among what is trained: some minutes in all."""
     tiny_recipe = tiny()
     often: dict[str, Any] = {"checkpoint_every": 5, "log_every": 5}
     learned: dict[str, Any] = often | {
@@ -468,4 +480,11 @@ def changed(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
         if not isinstance(place, dict) or last not in place:
             raise BadConfig(f"recipe {recipe.name} has no field {name!r}")
         place[last] = value
-    return from_dict(Recipe, values, "recipe")
+    return checked(from_dict(Recipe, values, "recipe"))
+
+
+def checked(recipe: Recipe) -> Recipe:
+    """The recipe. Raises BadConfig, naming the field, where a number makes no sense."""
+    for name in PHASES:
+        check_phase(name, recipe.phase(name), recipe.model.window.num_levels)
+    return recipe

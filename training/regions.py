@@ -18,14 +18,14 @@ def box_mask(boxes: Tensor, size_px: int, side: int) -> Tensor:
     return (down[..., :, None] & across[..., None, :]).float()
 
 
-def region_weights(boxes: Tensor, size_px: int, side: int, face_weight: float) -> Tensor:
-    """(n, 1, side, side): 1, plus `face_weight` inside the face, plus as much again inside eyes and mouth.
+def region_weights(boxes: Tensor, size_px: int, side: int, face_weight: float, parts_weight: float) -> Tensor:
+    """(n, 1, side, side): 1, plus `face_weight` inside the face, plus `parts_weight` inside eyes and mouth.
 
     boxes (n, 4, 4): face, left eye, right eye, mouth (training specification, section 2).
     """
     masks = box_mask(boxes, size_px, side)
     face, parts = masks[:, :1], masks[:, 1:].amax(1, keepdim=True)
-    return 1 + face_weight * (face + parts)
+    return 1 + face_weight * face + parts_weight * parts
 
 
 def place_weights(parts: Tensor, size_px: int) -> Tensor:

@@ -28,6 +28,7 @@ from training.clips import plain_batches
 from training.curves import followed, show
 from training.engine import CHECKPOINTS, Run, check_same_run
 from training.handover import WEIGHTS, digest, finished_run, start_model
+from training.layout import manifest_digest, read_manifest
 from training.recipes import PHASES, RECIPES, Recipe, find_recipe
 from training.task import Task, checked_manifest, perform
 
@@ -82,10 +83,11 @@ def assigned(assignments: Sequence[str]) -> dict[str, Any]:
 def make_task(args: argparse.Namespace, recipe: Recipe, name: str, weights: Path | None) -> Task:
     """What the workers of a phase are to do. Raises UserError where its data, weights or earlier run do not fit."""
     recipe = dataclasses.replace(recipe, model=start_model(recipe.model, weights))
-    run = Run(name, recipe.model, recipe.phase(name), recipe.seed, args.workers, digest(weights))
+    data, place = data_of(args.data, name).resolve(), args.out.resolve() / name
+    seen = manifest_digest(read_manifest(data))
+    run = Run(name, recipe.model, recipe.phase(name), recipe.seed, args.workers, digest(weights), seen)
     threads = args.threads_per_worker or max(1, num_processors() // args.workers)
-    place = args.out.resolve() / name
-    task = Task(run, recipe, data_of(args.data, name).resolve(), place, weights, threads, args.fsdp)
+    task = Task(run, recipe, data, place, weights, threads, args.fsdp)
     checked_manifest(task)
     return task
 

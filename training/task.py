@@ -69,7 +69,7 @@ def perform(task: Task, rank: int, device: torch.device, batches: Batches, repor
     run, manifest, curves = task.run, checked_manifest(task), Curves(task.place)
     may_be_fresh = task.recipe.name not in STARTS_FROM_WEIGHTS
     networks = load_networks(networks_of(run.phase), run.model, task.weights, run.seed, may_be_fresh)
-    phase = build_phase(run.phase, task.recipe, networks, device)
+    phase = build_phase(run.phase, task.recipe, networks, device, task.weights)
 
     def batches_from(start: int) -> Iterator[Batch]:
         config = run.config

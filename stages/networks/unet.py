@@ -413,7 +413,8 @@ class DenoisingUNet(nn.Module):
     def forward(
         self, latents: Tensor, timesteps: Tensor, motion: Tensor, pose: Tensor, memories: Sequence[Memory]
     ) -> Tensor:
-        """latents (b, f, c, h, w), timesteps (f,), motion (b, f, T, D), pose (b, f, c0, h, w) to (b, f, c, h, w).
+        """latents (b, f, c, h, w), timesteps (f,) or (b, f), motion (b, f, T, D), pose (b, f, c0, h, w) to
+        (b, f, c, h, w).
 
         b = sessions, f = frames of the window, oldest first. Latents and motion may be of any precision. Where
         the pose brings bases (`with_bases`) it has that many times c channels more.
@@ -421,7 +422,9 @@ class DenoisingUNet(nn.Module):
         num_sessions, num_frames = latents.shape[:2]
         dtype = self.conv_in.weight.dtype
         motion = rearrange(motion.to(dtype), "b f t d -> (b f) t d")
-        time = self.time_embedding(timesteps).repeat(num_sessions, 1)
+        time = self.time_embedding(timesteps.flatten())
+        if timesteps.ndim == 1:
+            time = time.repeat(num_sessions, 1)
         conditions = Conditions(
             time=F.silu(time if self.motion_in is None else time + self.motion_in(motion.sum(1))),
             motion=motion,

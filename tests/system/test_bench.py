@@ -46,7 +46,8 @@ def house():
 
 
 def test_every_session_gets_its_share(house):
-    one, four = bench("--url", house.stream, "--sessions", "1,4", "--seconds", "10")
+    # Long enough that a chunk more or less, and who opened first, do not count.
+    one, four = bench("--url", house.stream, "--sessions", "1,4", "--seconds", "20")
     assert len(four["fps"]) == 4 and min(four["fps"]) > max(four["fps"]) / 2
     assert four["total_fps"] > one["total_fps"] / 2
 
@@ -78,8 +79,8 @@ def test_bad_clients_that_all_are_let_in_stop_nobody(house):
 
 
 def test_broken_messages_get_typed_errors_and_a_good_client_keeps_its_frames(house):
-    live = figures("serving.fuzz", "--messages", "0", "--url", house.stream, "--live", "600")["live"]
-    assert live["failures"] == [] and live["messages"] >= 600
+    live = figures("serving.fuzz", "--messages", "0", "--url", house.stream, "--live", "300")["live"]
+    assert live["failures"] == [] and live["messages"] >= 300
     assert live["counts"]["bad_header"] > 0 < live["counts"]["bad_frame"]
     assert live["good_frames"] > 20
 

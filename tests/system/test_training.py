@@ -27,7 +27,10 @@ from training.layout import Manifest, write_manifest
 pytestmark = pytest.mark.system
 
 ROOT = Path(__file__).parents[2]
-NUM_STEPS, KILLED_FROM_STEP = 24, 6
+PHASES = ("keypoints", "stream")
+NUM_STEPS = 12
+KILLED_IN, KILLED_FROM_STEP = "stream", 4
+"""A phase with a discriminator, and with updates that go on where the one before left the clip."""
 WAIT_S = 600
 TWO_NODES = """
 import json, sys
@@ -94,19 +97,19 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Five people of 64x64, nine frames each."""
+    """Five people of 64x64, sixteen frames each."""
     folder = tmp_path_factory.mktemp("data")
-    clips = tuple(draw_clip(Plan(folder, "poses", seed, 9, 64)) for seed in range(5))
+    clips = tuple(draw_clip(Plan(folder, "talk", seed, 16, 64)) for seed in range(5))
     write_manifest(Manifest(folder, 64, 25.0, clips))
     return folder
 
 
 def command(data, out):
-    """A minute of training with a worker on each node."""
-    often = ["batch_size=1", "checkpoint_every=4", "log_every=2", "optimiser.ema_decay=0.9"]
-    changes = [part for change in often for part in ("--set", f"keypoints.{change}")]
+    """Two short phases with a worker on each node."""
+    often = ["batch_size=1", "checkpoint_every=3", "log_every=1", "optimiser.ema_decay=0.9"]
+    changes = [part for phase in PHASES for change in often for part in ("--set", f"{phase}.{change}")]
     options = ["--workers", "2", "--threads-per-worker", "1", "--steps", str(NUM_STEPS), *changes]
-    base = [sys.executable, "-m", "training.run", "keypoints", "--recipe", "smoke"]
+    base = [sys.executable, "-m", "training.run", *PHASES, "--recipe", "smoke"]
     return [*base, "--data", str(data), "--out", str(out), *options]
 
 
@@ -146,16 +149,18 @@ def train_workers(two_nodes):
 
 
 def step_reached(out):
-    metrics = read_metrics(out / "keypoints")
+    metrics = read_metrics(out / KILLED_IN)
     return int(metrics[-1]["step"]) if metrics else 0
 
 
 def test_a_submitted_job_trains_to_its_end(submitted):
     text = (submitted / "log").read_text(errors="replace")
     assert "Started training worker group of size 2" in text and "succeeded" in text
-    steps = [int(metrics["step"]) for metrics in read_metrics(submitted / "keypoints")]
-    assert steps == list(range(2, NUM_STEPS + 1, 2))
+    for phase in PHASES:
+        steps = [int(metrics["step"]) for metrics in read_metrics(submitted / phase)]
+        assert steps == list(range(1, NUM_STEPS + 1))
     assert (submitted / "keypoints/weights/motion_encoder.safetensors").exists()
+    assert (submitted / "stream/weights/critic.safetensors").exists()
 
 
 def test_a_run_with_a_killed_worker_goes_on_by_itself_and_ends_bit_equal(
@@ -178,9 +183,15 @@ def test_a_run_with_a_killed_worker_goes_on_by_itself_and_ends_bit_equal(
         finally:
             driver.kill()
     assert len(before) == len(nodes) == 2 and killed_at < NUM_STEPS
-    assert log.read_text(errors="replace").count("Started training worker group of size 2") == 2
-    one, other = (newest_checkpoint(out / "keypoints/checkpoints") for out in (submitted, tmp_path))
+    assert log.read_text(errors="replace").count("Started training worker group of size 2") == 1 + len(PHASES)
+    for phase in PHASES:
+        assert_same(*(newest_checkpoint(out / phase / "checkpoints") for out in (submitted, tmp_path)))
+
+
+def assert_same(one, other):
+    """Two checkpoints of the last step, to the bit."""
     assert one.state == other.state and one.state.step == NUM_STEPS
+    assert one.groups.keys() == other.groups.keys()
     for name, tensors in one.groups.items():
         assert tensors.keys() == other.groups[name].keys()
         assert all(torch.equal(tensor, other.groups[name][key]) for key, tensor in tensors.items()), name

@@ -29,6 +29,21 @@ def test_reports_are_lines_and_curves(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.25), (4, 0.5)]
 
 
+def test_a_full_disk_costs_curves_and_not_the_training(tmp_path, monkeypatch, caplog):
+    curves = Curves(tmp_path)
+    curves.write(metrics(2))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", full)
+        curves.write(metrics(4))
+    assert "No space left" in caplog.text
+    curves.write(metrics(6))
+    assert read_metrics(tmp_path) == [metrics(2), metrics(6)]
+
+
 def test_a_resumed_run_replaces_what_was_said_of_the_steps_it_repeats(tmp_path):
     first = Curves(tmp_path)
     for step in (2, 4, 6):

@@ -11,7 +11,7 @@ import pytest
 
 from training.draw import NUM_TRANSITION_FRAMES, Plan, draw_clip, draw_data, pose_motions, talk_motions
 from training.identity import sample_identity
-from training.layout import read_boxes, read_manifest, read_truth, video_path
+from training.layout import BadData, read_boxes, read_manifest, read_truth, video_path
 from training.motion import MAX_YAW, from_array
 from training.world import render
 
@@ -37,6 +37,13 @@ def test_a_folder_has_a_manifest_and_a_second_run_draws_nothing_again(tmp_path: 
     manifest = draw_data(tmp_path, "talk", range(3, 5), 15, 32, 1)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("videos/*")} == times
     assert read_manifest(tmp_path) == manifest and [clip.num_frames for clip in manifest.clips] == [15, 15]
+
+
+def test_a_folder_is_not_filled_with_clips_of_another_size(tmp_path: Path):
+    draw_data(tmp_path, "poses", range(1), 2, 32, 1)
+    with pytest.raises(BadData, match="other settings"):
+        draw_data(tmp_path, "poses", range(1), 2, 64, 1)
+    assert read_manifest(tmp_path).size_px == 32
 
 
 def test_talk_starts_at_the_portrait_and_keeps_its_scale():

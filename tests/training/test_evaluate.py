@@ -158,7 +158,20 @@ def test_another_persons_answer_costs_identity(instruments: Instruments, drawn: 
 
 
 def test_the_command_prints_every_promised_key_and_writes_what_people_look_at(folder: Path, tmp_path: Path, capsys):
-    options = ["--identities", "2", "--seconds", "0.3", "--seed", "4", "--threads", "1", "--device", "cpu"]
+    options = [
+        "--identities",
+        "2",
+        "--seconds",
+        "0.3",
+        "--seed",
+        "4",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--drift-seconds",
+        "0",
+    ]
     assert main(["--weights", str(folder), *options, "--json", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     report = json.loads(printed)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from stages.config import ModelConfig, from_dict, to_dict
-from stages.errors import BadConfig
+from stages.errors import BadConfig, BadWeights
+from training.handover import load_networks
+from training.phases.build import build_phase, networks_of
 from training.recipes import PHASES, RECIPES, Recipe, find_recipe, official
 
 
@@ -37,6 +40,14 @@ def test_an_unknown_field_is_refused_by_name(name: str):
 def test_a_wrong_type_is_refused():
     with pytest.raises(BadConfig, match="num_steps"):
         find_recipe("smoke", {"motion.num_steps": "many"})
+
+
+def test_files_are_named_as_text_and_read_when_the_phase_is_built():
+    recipe = find_recipe("smoke", {"distill.lpips_vgg": "vgg16.pth", "distill.lpips_linear": "vgg.pth"})
+    assert from_dict(Recipe, to_dict(recipe), "recipe").distill.lpips_vgg == "vgg16.pth"
+    networks = load_networks(networks_of("distill"), recipe.model, None, 0, True)
+    with pytest.raises(BadWeights, match=r"vgg16\.pth"):
+        build_phase("distill", recipe, networks, torch.device("cpu"))
 
 
 def test_an_unknown_recipe_or_phase_names_those_that_exist():

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 
+from stages.errors import BadWeights
+from stages.weights import load_tensors
 from training.curves import read_metrics
 from training.draw import Plan, draw_clip
-from training.layout import Manifest, write_manifest
+from training.layout import Manifest, read_manifest, write_manifest
+from training.phases.build import make_critic
+from training.recipes import smoke
 from training.run import main
 
 SHORT = ["--set", "autoencoder.batch_size=1", "--set", "autoencoder.log_every=1", "--threads-per-worker", "1"]
@@ -85,6 +92,7 @@ def test_phases_may_have_data_of_their_own(data, tmp_path, capsys):
         (["--steps", "1"], "bad_resume: .*config.num_steps was 2 and is 1"),
         (["--set", "autoencoder.batch=1"], "bad_config: .*no field 'autoencoder.batch'"),
         (["--set", "autoencoder.batch_size=many"], "bad_config: .*expected int"),
+        (["--set", "autoencoder.batch_size=0"], "bad_config: .*batch_size 0 must be at least 1"),
         (["--set", "autoencoder"], "bad_config: .*FIELD=VALUE"),
         (["--weights", "."], "bad_config: .*not a weights folder"),
         (["--workers", "2"], "bad_config: .*--local"),
@@ -95,6 +103,30 @@ def test_phases_may_have_data_of_their_own(data, tmp_path, capsys):
 def test_what_cannot_be_is_refused_with_a_sentence(data, out, capsys, more, named):
     assert command(data, out, "--steps", "2", *more) == 1
     assert re.search(named, capsys.readouterr().err)
+
+
+def test_a_run_does_not_go_on_with_other_data(data, tmp_path, capsys):
+    clips = read_manifest(data).clips
+    grown = tmp_path / "data"
+    shutil.copytree(data, grown)
+    assert command(grown, tmp_path, "--steps", "1") == 0
+    write_manifest(Manifest(grown, 64, 25.0, clips[:-1]))
+    assert command(grown, tmp_path, "--steps", "2") == 1
+    assert re.search("bad_resume: .*data was", capsys.readouterr().err)
+
+
+def test_the_discriminator_goes_on_where_the_phase_before_left_it(data, tmp_path):
+    short = ["--set", "distill.batch_size=1", "--set", "distill.critic_from_step=0"]
+    assert command(data, tmp_path, "--steps", "1", *short, phases=("distill",)) == 0
+    left = tmp_path / "distill/weights"
+    learned = load_tensors(left / "critic.safetensors")
+    recipe = smoke()
+    again = make_critic(recipe.stream, recipe.model, recipe.seed, left).state_dict()
+    drawn = make_critic(recipe.stream, recipe.model, recipe.seed, None).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in learned.items())
+    assert not all(torch.equal(drawn[name], tensor) for name, tensor in learned.items())
+    with pytest.raises(BadWeights, match="critic_channels 16"):
+        make_critic(replace(recipe.stream, critic_channels=16), recipe.model, recipe.seed, left)
 
 
 def test_an_unknown_recipe_is_refused_by_those_there_are(data, tmp_path, capsys):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from stages.canvas import ShownPortrait, canvases
 from stages.config import ModelConfig
+from stages.errors import BadConfig
 from stages.images import clip_pixels, detector_frames, face_crop, signed
 from stages.keypoints import box_is_usable, boxes, degrees_from_logits, transform
 from stages.networks.image_encoder import ImageEncoder
@@ -32,7 +33,7 @@ from stages.networks.unet import (
 )
 from stages.networks.vae import Vae
 from training.augment import augment_frames
-from training.clips import Batch
+from training.clips import Batch, check_drawn
 from training.known import FIRST_EXPRESSION, expression_tokens, posed
 from training.phases.phase import Draws, Phase
 from training.recipes import AnimationConfig
@@ -46,6 +47,8 @@ PLACE_NOISE = 0.006
 SCALE_NOISE = 0.01
 """Share per degree of `portrait_noise`."""
 EXPRESSION_NOISE = 0.04
+NUM_ENCODED_AT_ONCE = 10
+"""Pictures (T): more need too much memory at full size."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,6 +77,9 @@ class Scene:
 
 class AnimationPhase(Phase):
     """Networks by name, and a batch made into a Scene; subclasses add what is learned from it."""
+
+    augment = staticmethod(augment_frames)
+    """How the face crops of one sample are disturbed."""
 
     def __init__(self, model: ModelConfig, config: AnimationConfig, networks: dict[str, nn.Module]):
         super().__init__(model, networks)
@@ -109,14 +115,16 @@ class AnimationPhase(Phase):
         all_images = rearrange(images, "(b f) c h w -> b f c h w", b=num_samples)
         dropped = Dropped.none(num_samples) if whole else Dropped.draw(num_samples, config, draw)
         with torch.no_grad():
-            latents = self.network("vae", Vae).encode(images).float()
+            encode = self.network("vae", Vae).encode
+            latents = torch.cat([encode(part).float() for part in images.split(NUM_ENCODED_AT_ONCE)])
         # Places in fp32: bfloat16 is off by a pixel.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             keypoints = self._keypoints(batch, images, draw)
         all_latents = rearrange(latents, "(b f) c h w -> b f c h w", b=num_samples)
         part_boxes = torch.from_numpy(batch.boxes[:, 1:]).to(device)
         flat_boxes = rearrange(part_boxes, "b f k c -> (b f) k c")
-        weights = region_weights(flat_boxes, self.model.size_px, latents.shape[-1], config.face_weight)
+        side, (face, parts) = latents.shape[-1], (config.face_weight, config.parts_weight)
+        weights = region_weights(flat_boxes, self.model.size_px, side, face, parts)
         tokens = self._tokens(batch, all_images, keypoints, draw)
         with torch.no_grad():
             shown = self._canvases(all_images, keypoints, tokens, dropped)
@@ -135,6 +143,7 @@ class AnimationPhase(Phase):
         """(b, 1 + f, K, 3) keypoints of the pictures, all with the reference's canonical ones."""
         num_samples, num_pictures = batch.pixels.shape[:2]
         if self.config.poses == "truth":
+            check_drawn(batch, "poses=truth", "set poses=extractor")
             motions = noisy_motions(batch.motions, self.config, draw.numpy)
             canonical = repeat(batch.canonical, "b k c -> (b f) k c", f=num_pictures)
             flat = rearrange(motions, "b f c -> (b f) c")
@@ -156,6 +165,7 @@ class AnimationPhase(Phase):
         them and no mover asks for them."""
         encoder = self.network("motion_encoder", MotionEncoder)
         if self.config.expressions == "truth":
+            check_drawn(batch, "expressions=truth", "set expressions=encoder")
             expressions = torch.from_numpy(batch.motions[..., FIRST_EXPRESSION:]).to(self.device)
             expressions = expressions + EXPRESSION_NOISE * draw.normal(expressions)
             return expression_tokens(expressions, encoder, self.model.motion_encoder)
@@ -177,11 +187,12 @@ class AnimationPhase(Phase):
                 for frame, box in zip(frames, found, strict=True)
             ]
         )
-        return crops if self.config.augment == 0 else self._augmented(crops, draw)
-
-    def _augmented(self, crops: Tensor, draw: Draws) -> Tensor:
+        if self.config.augment == 0:
+            return crops
         pixels = rearrange((crops + 1) * 127.5, "n c h w -> n h w c").round().to(torch.uint8).cpu().numpy()
-        return signed(augment_frames(np.ascontiguousarray(pixels), draw.numpy, self.config.augment)).to(crops)
+        samples = np.split(np.ascontiguousarray(pixels), len(images))
+        augmented = [self.augment(sample, draw.numpy, self.config.augment) for sample in samples]
+        return signed(np.concatenate(augmented)).to(crops)
 
     def _canvases(self, images: Tensor, keypoints: Tensor, tokens: Tensor, dropped: Dropped) -> Tensor:
         """(b, f, 3 or 9, s, s); a dropped portrait is black."""
@@ -240,7 +251,9 @@ class Dropped:
 
 def choose_trained(networks: nn.ModuleDict, config: AnimationConfig) -> None:
     """Only parameters of trained networks require gradients: those whose name holds a trained part, where the config
-    has any, and no frozen one."""
+    has any, and no frozen one. Raises BadConfig for an unknown network."""
+    if unknown := sorted(set(config.trained) - set(networks)):
+        raise BadConfig(f"`trained` names {', '.join(unknown)}; this phase has {', '.join(networks)}")
     for name, parameter in networks.named_parameters():
         chosen = not config.trained_parts or any(part in name for part in config.trained_parts)
         frozen = any(part in name for part in config.frozen_parts)
@@ -291,9 +304,9 @@ def without_temporal(denoiser: DenoisingUNet) -> Iterator[None]:
             block.temporal_modules = modules
 
 
-def image_loss(decoded: Tensor, target: Tensor, face_boxes: Tensor, face_weight: float) -> Tensor:
-    """Squared error of pictures (n, 3, s, s) in [-1, 1], plus the same inside face and parts; boxes (n, 4, 4)."""
-    weights = region_weights(face_boxes, target.shape[-1], target.shape[-1], face_weight)
+def image_loss(decoded: Tensor, target: Tensor, face_boxes: Tensor, face_weight: float, parts_weight: float) -> Tensor:
+    """Squared error of pictures (n, 3, s, s) in [-1, 1], more inside face and parts; boxes (n, 4, 4)."""
+    weights = region_weights(face_boxes, target.shape[-1], target.shape[-1], face_weight, parts_weight)
     return (F.mse_loss(decoded, target, reduction="none") * weights).mean()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from einops import rearrange
 from torch import nn
 
 from stages.config import ModelConfig
+from stages.errors import BadWeights
 from stages.images import signed
 from stages.messages import Pixels
 from stages.networks.keypoint_extractor import KeypointExtractor
@@ -18,6 +20,7 @@ from stages.networks.motion_encoder import MotionEncoder
 from stages.networks.pose_guider import PoseGuider
 from stages.networks.unet import DenoisingUNet
 from stages.networks.vae import Vae
+from stages.weights import load_tensors
 from training.critic import Critic
 from training.identity import sample_identity
 from training.motion import sample_motion
@@ -30,9 +33,11 @@ from training.phases.motion import MotionPhase
 from training.phases.mover import MoverPhase
 from training.phases.phase import Phase
 from training.phases.stream import StreamPhase
-from training.recipes import AnimationConfig, DistillConfig, Recipe
+from training.recipes import DistillConfig, Recipe
 from training.world import render
 
+CRITIC = "critic"
+"""Its file in a weights folder, beside the networks."""
 NUM_COMPONENT_PEOPLE = 48
 """People drawn for what starts as a linear map: a number of patches far above that of their pixels."""
 RIDGE = 1e-2
@@ -44,8 +49,11 @@ def networks_of(phase: str) -> tuple[str, ...]:
     return own.get(phase, animation.NETWORKS)
 
 
-def build_phase(name: str, recipe: Recipe, networks: dict[str, nn.Module], device: torch.device) -> Phase:
-    """The phase with its networks on a device, frozen where the config says, and its discriminator where it has one."""
+def build_phase(
+    name: str, recipe: Recipe, networks: dict[str, nn.Module], device: torch.device, weights: Path | None = None
+) -> Phase:
+    """The phase with its networks on a device, frozen where the config says, and its discriminator where it has one:
+    that of `weights`, where there is one in it."""
     config, model = recipe.phase(name), recipe.model
     for network in networks.values():
         network.to(device)
@@ -63,17 +71,28 @@ def build_phase(name: str, recipe: Recipe, networks: dict[str, nn.Module], devic
         return MotionPhase(model, recipe.motion, networks)
     assert isinstance(config, DistillConfig)
     kind = StreamPhase if name == "stream" else DistillPhase
-    perceptual = load_perceptual(config.lpips_vgg, config.lpips_linear) if config.perceptual_weight else None
-    return kind(model, config, networks, perceptual, new_critic(config, model, recipe.seed)).to(device)
+    files = [Path(path) if path else None for path in (config.lpips_vgg, config.lpips_linear)]
+    perceptual = load_perceptual(*files) if config.perceptual_weight else None
+    critic = make_critic(config, model, recipe.seed, weights) if config.adversarial_weight else None
+    return kind(model, config, networks, perceptual, critic).to(device)
 
 
-def new_critic(config: AnimationConfig, model: ModelConfig, seed: int) -> Critic | None:
-    """A discriminator of random weights, or None where the config gives it no say."""
-    if not isinstance(config, DistillConfig) or config.adversarial_weight == 0:
-        return None
+def make_critic(config: DistillConfig, model: ModelConfig, seed: int, weights: Path | None) -> Critic:
+    """The discriminator that an earlier phase has left in `weights`, or one that is drawn from the seed. Raises
+    BadWeights for one of another size."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        return Critic(model.size_px, config.critic_channels)
+        critic = Critic(model.size_px, config.critic_channels)
+    path = weights / f"{CRITIC}.safetensors" if weights else None
+    if path and path.exists():
+        try:
+            critic.load_state_dict(load_tensors(path))
+        except RuntimeError as error:
+            raise BadWeights(
+                f"{path} is not a discriminator for {model.size_px} px with critic_channels "
+                f"{config.critic_channels}: set those it was trained with, or remove it"
+            ) from error
+    return critic
 
 
 def _start_vae(network: nn.Module, model: ModelConfig) -> None:

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from stages.config import ModelConfig
 from stages.networks.vae import Vae
@@ -51,10 +52,10 @@ class AppearancePhase(AnimationPhase):
     def appearance(self, latents: Tensor, scene: Scene, timesteps: Tensor, step: int, carry: Any = None) -> Update:
         """The loss of predicted latents (b, f, c, h, w), the frames' timesteps being (f,)."""
         num_samples = len(latents)
-        decoded = self.network("vae", Vae).decode(rearrange(latents, "b f c h w -> (b f) c h w")).float()
+        decoded = self._decoded(rearrange(latents, "b f c h w -> (b f) c h w")).float()
         target = rearrange(scene.images, "b f c h w -> (b f) c h w")
         face_boxes = rearrange(scene.boxes, "b f k c -> (b f) k c")
-        pixel = image_loss(decoded, target, face_boxes, self.config.face_weight)
+        pixel = image_loss(decoded, target, face_boxes, self.config.face_weight, self.config.parts_weight)
         metrics = {"pixel": pixel.detach(), "psnr_db": 10 * torch.log10(4 / F.mse_loss(decoded.detach(), target))}
         loss = pixel
         if self.perceptual is not None:
@@ -67,6 +68,13 @@ class AppearancePhase(AnimationPhase):
             fooled = F.softplus(-self.critic(decoded, levels)).mean()
             loss, metrics["adversarial"] = loss + self.config.adversarial_weight * fooled, fooled.detach()
         return Update(loss, metrics, carry, real=target, fake=decoded.detach(), timesteps=levels)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Pictures (n, 3, s, s) of latents (n, c, h, w)."""
+        decode = self.network("vae", Vae).decode
+        if not self.config.recompute:
+            return decode(latents)
+        return torch.cat([checkpoint(decode, one, use_reentrant=False) for one in latents.split(1)])
 
 
 class DistillPhase(AppearancePhase):

@@ -24,7 +24,7 @@ from stages.messages import Floats
 from stages.networks.keypoint_extractor import KeypointExtractor, RawPose
 from stages.networks.motion_encoder import MotionEncoder
 from stages.networks.pinpoint import places_of
-from training.clips import Batch
+from training.clips import Batch, check_drawn
 from training.disturb import degrade, displaced_face, empty_picture, reframe
 from training.known import FIRST_EXPRESSION, posed, read_expression, token_map
 from training.motion import EXPRESSION
@@ -56,6 +56,7 @@ class KeypointsPhase(Phase):
                 idle.requires_grad_(False)
 
     def forward(self, batch: Batch, draw: Draws, step: int, index: int, carry: Any) -> Update:
+        check_drawn(batch, "phase keypoints", "give it drawn clips")
         pixels = rearrange(batch.pixels, "b f h w c -> (b f) h w c")
         motions = rearrange(batch.motions, "b f c -> (b f) c")
         canonical = repeat(batch.canonical, "b k c -> (b f) k c", f=batch.pixels.shape[1])

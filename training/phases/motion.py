@@ -5,6 +5,7 @@ Frames are independent of each other: the denoiser's temporal modules are left o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ class MotionPhase(AnimationPhase):
 
     def forward(self, batch: Batch, draw: Draws, step: int, index: int, carry: Any) -> Update:
         scene = self.scene(batch, draw)
-        timesteps = self._timesteps(scene.latents.shape[1], draw).to(self.device)
+        timesteps = self._timesteps(scene.latents.shape[:2], draw).to(self.device)
         noise = draw.normal(scene.latents)
         noise = noise + self.config.noise_offset * draw.normal(scene.latents[..., :1, :1])
-        signal = rearrange(signal_fractions(self.model.window).to(self.device)[timesteps], "f -> f 1 1 1")
+        signal = rearrange(signal_fractions(self.model.window).to(self.device)[timesteps], "b f -> b f 1 1 1")
         noisy = signal.sqrt() * scene.latents + (1 - signal).sqrt() * noise
         with without_temporal(self.denoiser):
             answer = self.denoiser(noisy, timesteps, scene.motion, scene.pose, scene.memories).float()
@@ -42,16 +43,16 @@ class MotionPhase(AnimationPhase):
         else:
             error = clean - scene.latents
         loss = (error.square() + self.config.absolute_weight * error.abs()) * scene.weights
-        per_frame = (clean - scene.latents).detach().square().mean((0, 2, 3, 4))
+        per_frame = (clean - scene.latents).detach().square().mean((2, 3, 4))
         noisiest = timesteps >= self.model.window.timesteps[-1]
         metrics = {"clean_error": per_frame.mean()}
         if noisiest.any():
             metrics["clean_error_noisiest"] = per_frame[noisiest].mean()
         return Update(loss.mean(), metrics)
 
-    def _timesteps(self, num_frames: int, draw: Draws) -> Tensor:
-        """(f,) one for each frame, the same for all samples of a batch."""
+    def _timesteps(self, shape: Sequence[int], draw: Draws) -> Tensor:
+        """(b, f) one for each frame of each sample."""
         if self.config.timesteps == "all":
-            return torch.from_numpy(draw.numpy.integers(0, 1000, num_frames))
+            return torch.from_numpy(draw.numpy.integers(0, 1000, shape))
         levels, shares = self.model.window.timesteps, self.config.level_shares or None
-        return torch.from_numpy(draw.numpy.choice(levels, num_frames, p=shares))
+        return torch.from_numpy(draw.numpy.choice(levels, shape, p=shares))

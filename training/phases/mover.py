@@ -136,7 +136,7 @@ class MoverPhase(AnimationPhase):
     def _weights(self, batch: Batch, side: int) -> Tensor:
         """(b · f, 1, side, side) of the target frames' cells: face, and eyes and mouth more."""
         boxes = rearrange(torch.from_numpy(batch.boxes[:, 1:]).to(self.device), "b f k c -> (b f) k c")
-        return region_weights(boxes, self.model.size_px, side, self.config.face_weight)
+        return region_weights(boxes, self.model.size_px, side, self.config.face_weight, self.config.parts_weight)
 
     def _picture_loss(self, said: list[Said], batch: Batch, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared, absolute and perceptual error of the moved portraits, weighted in face, eyes and mouth."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from stages.config import WindowConfig
 from stages.errors import BadConfig
 from stages.schedule import add_noise, frame_fractions, frame_timesteps
+from training.augment import augment_run
 from training.clips import Batch
 from training.phases.animation import Scene, resampled
 from training.phases.distill import AppearancePhase
@@ -38,6 +39,7 @@ class StreamPhase(AppearancePhase):
     """Clips of consecutive frames."""
 
     config: StreamConfig
+    augment = staticmethod(augment_run)
 
     @property
     def num_windows(self) -> int:

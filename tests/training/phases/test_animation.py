@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from stages.errors import BadConfig
 from stages.networks.unet import DenoisingUNet
 from training.clips import Batch
+from training.layout import BadData
 from training.phases.animation import (
     as_half,
     hidden,
@@ -130,12 +132,46 @@ def test_errors_in_the_face_cost_more(batch: Batch):
     boxes, target = torch.tensor([[[16, 16, 48, 48]] * 4]), torch.zeros(1, 3, 64, 64)
     inside, outside = target.clone(), target.clone()
     inside[..., 20:24, 20:24], outside[..., :4, :4] = 1.0, 1.0
-    assert image_loss(inside, target, boxes, 1.0) == pytest.approx(3 * float(image_loss(outside, target, boxes, 1.0)))
+    costs = [float(image_loss(picture, target, boxes, 1.0, 3.0)) for picture in (inside, outside)]
+    # As squares of a mask of 1 in the face and 2 in its parts are added.
+    assert costs[0] == pytest.approx((1 + 2**2) * costs[1])
 
 
-def test_filmed_clips_need_no_truth(build, batch: Batch):
-    filmed = dataclasses.replace(
+@pytest.fixture
+def filmed(batch: Batch):
+    """A batch of which nobody knows the truth."""
+    return dataclasses.replace(
         batch, motions=np.full_like(batch.motions, np.nan), canonical=np.full_like(batch.canonical, np.nan)
     )
+
+
+def test_filmed_clips_need_no_truth(build, filmed: Batch):
     update = build("motion")(filmed, draws(0, 0, 0, 0), 0, 0, None)
     assert torch.isfinite(update.loss)
+
+
+@pytest.mark.parametrize(
+    ("phase", "fields", "said"),
+    [
+        ("motion", {"poses": "truth"}, "poses=extractor"),
+        ("distill", {"expressions": "truth"}, "expressions=encoder"),
+        ("mover", {"poses": "truth"}, "poses=extractor"),
+        ("keypoints", {}, "drawn clips"),
+    ],
+)
+def test_filmed_clips_are_refused_where_truth_is_asked_for(build, filmed: Batch, phase, fields, said):
+    with pytest.raises(BadData, match=said):
+        build(phase, **fields)(filmed, draws(0, 0, 0, 0), 0, 0, None)
+
+
+def test_an_unknown_network_cannot_be_trained(build):
+    with pytest.raises(BadConfig, match="nonsense"):
+        build("motion", trained=("nonsense", "denoising_unet"))
+
+
+def test_crops_are_disturbed_sample_by_sample(build, batch: Batch):
+    phase, seen = build("stream"), []
+    phase.augment = lambda crops, rng, strength: seen.append(crops.shape) or crops
+    phase.scene(batch, draws(0, 0, 0, 0))
+    crop_px = phase.model.motion_encoder.crop_px
+    assert seen == [(6, crop_px, crop_px, 3)] * 2

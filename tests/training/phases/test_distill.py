@@ -50,3 +50,17 @@ def test_without_a_say_there_is_no_discriminator(build, batch: Batch):
     phase = build("distill", adversarial_weight=0.0)
     assert phase.critic is None
     assert phase(batch, draws(0, 0, 0, 0), 9, 0, None).fake is None
+
+
+def test_pictures_that_are_decoded_again_for_their_gradients_give_the_same(build, batch: Batch):
+    found = []
+    for recompute in (False, True):
+        phase = build("distill", recompute=recompute)
+        # Before anything is learned the answer is the moved portrait alone.
+        torch.nn.init.normal_(phase.denoiser.conv_out.weight, generator=torch.Generator().manual_seed(1))
+        update = phase(batch, draws(0, 0, 0, 0), 0, 0, None)
+        update.loss.backward()
+        found.append((update.loss.detach(), phase.denoiser.conv_in.weight.grad))
+    (loss, gradient), (loss_again, gradient_again) = found
+    assert torch.allclose(loss, loss_again) and gradient.any()
+    assert (gradient - gradient_again).norm() < 1e-4 * gradient.norm()

@@ -23,12 +23,13 @@ def test_a_perfect_answer_costs_nothing_whatever_is_compared(build, batch: Batch
 
 def test_timesteps_are_all_or_only_the_windows_own(build):
     every, few = build("motion", timesteps="all"), build("motion", timesteps="levels")
-    assert set(few._timesteps(200, draws(0, 0, 0, 0)).tolist()) == {0, 500, 999}
-    assert len(set(every._timesteps(200, draws(0, 0, 0, 0)).tolist())) > 100
+    assert set(few._timesteps((2, 100), draws(0, 0, 0, 0)).flatten().tolist()) == {0, 500, 999}
+    first, second = every._timesteps((2, 100), draws(0, 0, 0, 0)).tolist()
+    assert len({*first, *second}) > 100 and first != second
 
 
 def test_level_shares_decide_how_often_a_level_is_drawn(build):
-    drawn = build("motion", level_shares=(0.0, 0.1, 0.9))._timesteps(300, draws(0, 0, 0, 0))
+    drawn = build("motion", level_shares=(0.0, 0.1, 0.9))._timesteps((3, 100), draws(0, 0, 0, 0))
     assert (drawn == 0).sum() == 0 and (drawn == 999).sum() > 200
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from stages.errors import BadConfig
+from training.augment import augment_run
 from training.clips import Batch, Sampling
 from training.phases.phase import draws
 
@@ -35,10 +37,19 @@ def test_the_window_slides_and_feeds_back_its_own_predictions(build, clip: Batch
     assert not second.carry.window.requires_grad and torch.isfinite(second.loss)
 
 
-def test_a_step_changes_what_the_next_window_sees_but_not_what_is_true(build, clip: Batch):
-    phase = build("stream", sampling=SAMPLING, gradient_every=2)
-    carry = phase(clip, draws(0, 0, 0, 0), 0, 0, None).carry
-    assert torch.equal(carry.scene.latents, phase(clip, draws(0, 0, 0, 0), 0, 0, None).carry.scene.latents)
+def test_a_learned_step_changes_what_the_next_window_sees_but_not_what_is_true(build, learn, clip: Batch):
+    phase = build("stream", sampling=SAMPLING, gradient_every=2, adversarial_weight=0.0)
+    before = phase(clip, draws(0, 0, 0, 0), 0, 0, None).carry
+    learn(phase, clip, 1)
+    after = phase(clip, draws(0, 0, 0, 0), 0, 0, None).carry
+    assert torch.equal(before.scene.latents, after.scene.latents)
+    assert not torch.equal(before.window, after.window)
+
+
+def test_frames_of_a_clip_share_their_stretch(build):
+    crops = np.random.default_rng(3).integers(0, 256, (2, 8, 12, 3), np.uint8)
+    expected = augment_run(crops, np.random.default_rng(5), 0.5)
+    assert np.array_equal(build("stream").augment(crops, np.random.default_rng(5), 0.5), expected)
 
 
 def test_a_few_steps_reduce_the_loss(build, learn, clip: Batch):
