@@ -22,7 +22,9 @@ from stages.errors import BadConfig, BadWeights
 from stages.messages import Pixels
 from stages.motion import MotionStage
 from stages.networks.keypoint_extractor import KeypointExtractor
-from stages.networks.unet import DenoisingUNet, rest_idle_modules
+from stages.networks.layers import rest_idle_modules
+from stages.networks.unet import DenoisingUNet
+from stages.networks.vae import Vae
 from stages.official import is_official, load_official
 from stages.reference import ReferenceStage
 from stages.threads import default_num_threads
@@ -83,7 +85,7 @@ def load_stages(
         if isinstance(network, KeypointExtractor) and dtype == torch.bfloat16:
             for part in network.trunk():
                 part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if isinstance(network, DenoisingUNet):
+        if isinstance(network, DenoisingUNet | Vae):
             rest_idle_modules(network)
     made = {stage: _make_stage(stage, config, networks) for stage in stages}
     return Stages(config, **made)

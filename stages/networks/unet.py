@@ -28,6 +28,7 @@ from stages.networks.layers import (
     Downsample,
     FeedForward,
     Layers,
+    Residual,
     ResnetBlock,
     TimeEmbedding,
     Upsample,
@@ -108,7 +109,7 @@ def read_memories(attention: Attention, x: Tensor, memories: Sequence[LayerMemor
     return attention.to_out[0](merge_heads(torch.cat(outputs)))
 
 
-class ReferenceAttention(nn.Module):
+class ReferenceAttention(Residual):
     """A transformer block around which 1x1 convolutions lead from image to tokens and back."""
 
     def __init__(self, dim: int, config: UNetConfig):
@@ -125,8 +126,14 @@ class ReferenceAttention(nn.Module):
 
     def read(self, x: Tensor, memories: Sequence[LayerMemory]) -> Tensor:
         """x (sessions · frames, C, h, w), one memory per session."""
+        if self.rests:
+            return x
         tokens = self.transformer_blocks[0].read(to_tokens(self.proj_in(self.norm(x))), memories)
         return x + self.proj_out(to_image(tokens, x))
+
+    @property
+    def last(self) -> nn.Module:
+        return self.proj_out
 
 
 class LastFeatures(nn.Module):
@@ -174,7 +181,7 @@ class SideTransformer(nn.Module):
         self.proj_out = nn.Linear(dim, dim)
 
 
-class MotionModule(nn.Module):
+class MotionModule(Residual):
     """Cross-attention of each frame's pixels to that frame's motion tokens (paper, section 3.1)."""
 
     def __init__(self, dim: int, config: UNetConfig, token_dim: int):
@@ -183,6 +190,8 @@ class MotionModule(nn.Module):
 
     def forward(self, x: Tensor, motion: Tensor) -> Tensor:
         """x (n, C, h, w), motion (n, T, D) to (n, C, h, w)."""
+        if self.rests:
+            return x
         outer = self.temporal_transformer
         inner = outer.transformer_blocks[0]
         tokens = outer.proj_in(to_tokens(outer.norm(x)))
@@ -191,8 +200,12 @@ class MotionModule(nn.Module):
         tokens = tokens + inner.ff(inner.ff_norm(tokens))
         return x + to_image(outer.proj_out(tokens), x)
 
+    @property
+    def last(self) -> nn.Module:
+        return self.temporal_transformer.proj_out
 
-class TemporalModule(nn.Module):
+
+class TemporalModule(Residual):
     """Self-attention of each pixel along the window; positions count from the oldest frame (paper, section 3.3).
 
     Bidirectional, unless `chunk_causal` hides the chunks that are noisier than a frame's own.
@@ -208,6 +221,8 @@ class TemporalModule(nn.Module):
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         """x (sessions · num_frames, C, h, w) to the same shape."""
+        if self.rests:
+            return x
         outer = self.temporal_transformer
         inner = outer.transformer_blocks[0]
         tokens = outer.proj_in(to_tokens(outer.norm(x)))
@@ -220,27 +235,9 @@ class TemporalModule(nn.Module):
         tokens = rearrange(tokens, "(b l) f c -> (b f) l c", l=x.shape[-2] * x.shape[-1])
         return x + to_image(outer.proj_out(tokens), x)
 
-
-class Skip(nn.Module):
-    """Stands in for a temporal module and does nothing."""
-
-    def forward(self, x: Tensor, num_frames: int) -> Tensor:
-        return x
-
-
-def rest_idle_modules(denoiser: DenoisingUNet) -> int:
-    """Takes out temporal modules whose last layer makes nothing of their work, as in a model that phase `stream` has
-    not trained: a quarter of a small model's call. Not for training. Returns how many those were."""
-    num_idle = 0
-    for block in (*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks):
-        for index, module in enumerate(block.temporal_modules):
-            if isinstance(module, Skip):
-                continue
-            last = module.temporal_transformer.proj_out
-            if not (last.weight.any() or last.bias.any()):
-                block.temporal_modules[index] = Skip()
-                num_idle += 1
-    return num_idle
+    @property
+    def last(self) -> nn.Module:
+        return self.temporal_transformer.proj_out
 
 
 def chunk_causal_mask(num_frames: int, chunk_frames: int, device: torch.device | str = "cpu") -> Tensor:
@@ -302,7 +299,7 @@ class Block(nn.Module):
             [ReferenceAttention(plan.channels, config) for _ in layers if plan.attends]
         )
         self.motion_modules: Layers[MotionModule] = Layers()
-        self.temporal_modules: Layers[TemporalModule | Skip] = Layers()
+        self.temporal_modules: Layers[TemporalModule] = Layers()
         if token_dim is not None:
             self.motion_modules.extend([MotionModule(plan.channels, config, token_dim) for _ in layers])
             self.temporal_modules.extend([TemporalModule(plan.channels, config) for _ in layers])
@@ -321,7 +318,7 @@ class MidBlock(nn.Module):
         )
         self.attentions: Layers[ReferenceAttention | LastFeatures] = Layers([ReferenceAttention(channels, config)])
         self.motion_modules: Layers[MotionModule] = Layers()
-        self.temporal_modules: Layers[TemporalModule | Skip] = Layers()
+        self.temporal_modules: Layers[TemporalModule] = Layers()
         if token_dim is not None:
             self.motion_modules.extend([MotionModule(channels, config, token_dim)])
             self.temporal_modules.extend([TemporalModule(channels, config)])

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from stages.config import UNetConfig
-from stages.networks.layers import Attention, Layers
+from stages.networks.layers import Attention, Layers, rest_idle_modules
 from stages.networks.unet import (
     Block,
     DenoisingUNet,
@@ -29,7 +29,6 @@ from stages.networks.unet import (
     down_plans,
     extend_memory,
     project_memory,
-    rest_idle_modules,
     up_plans,
 )
 

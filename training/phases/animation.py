@@ -27,7 +27,7 @@ from stages.networks.unet import (
     LayerMemory,
     Memory,
     ReferenceUNet,
-    Skip,
+    TemporalModule,
     attention_names,
     project_memory,
 )
@@ -292,16 +292,15 @@ def without_tokens(memory: Memory) -> Memory:
 
 @contextmanager
 def without_temporal(denoiser: DenoisingUNet) -> Iterator[None]:
-    """The denoiser as an image model: its temporal modules are taken out for a while."""
-    blocks = [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
-    kept = [block.temporal_modules for block in blocks]
-    for block in blocks:
-        block.temporal_modules = nn.ModuleList([Skip() for _ in block.temporal_modules])
+    """The denoiser as an image model: its temporal modules rest for a while."""
+    working = [module for module in denoiser.modules() if isinstance(module, TemporalModule) and not module.rests]
+    for module in working:
+        module.rests = True
     try:
         yield
     finally:
-        for block, modules in zip(blocks, kept, strict=True):
-            block.temporal_modules = modules
+        for module in working:
+            module.rests = False
 
 
 def image_loss(decoded: Tensor, target: Tensor, face_boxes: Tensor, face_weight: float, parts_weight: float) -> Tensor:
