@@ -42,6 +42,14 @@ def test_each_variant_changes_what_it_is_named_for(every):
     assert every["without-interpolated-start"].window == {"interpolated_start": False}
 
 
+@pytest.mark.parametrize("recipe", [tiny(), smoke()], ids=lambda recipe: recipe.name)
+def test_every_variant_differs_from_full(recipe):
+    for name, variant in variants(recipe).items():
+        own = replace(recipe_of(variant, recipe).model.window, **variant.window)
+        same = recipe_of(variant, recipe) == recipe and own == recipe.model.window and variant.chain == FULL
+        assert same == (name == "full")
+
+
 def test_thresholds_are_swept_around_the_recipes_own_as_in_the_paper(every):
     own = tiny().model.window.keyframe_threshold
     swept = [every[f"threshold-{number}"].window["keyframe_threshold"] / own for number in (15, 16, 18, 20)]
@@ -58,7 +66,8 @@ def test_every_stream_phase_makes_as_many_updates(recipe):
 
 
 def test_what_begins_at_some_step_moves_with_a_shorter_budget():
-    whole = changed(tiny(), {"distill.num_steps": 1000})
+    begins = {"distill.adversarial_from_step": 200, "distill.critic_from_step": 100}
+    whole = changed(tiny(), {"distill.num_steps": 1000, **begins})
     short = changed(whole, scheduled(whole.distill, "distill", 250)).distill
     assert (short.num_steps, short.adversarial_from_step, short.critic_from_step) == (250, 50, 25)
     assert short.optimiser.num_warmup_steps == 25
