@@ -252,8 +252,8 @@ class Dropped:
 def choose_trained(networks: nn.ModuleDict, config: AnimationConfig) -> None:
     """Only parameters of trained networks require gradients: those whose name holds a trained part, where the config
     has any, and no frozen one. Raises BadConfig for an unknown network."""
-    if unknown := sorted(set(config.trained) - set(networks)):
-        raise BadConfig(f"`trained` names {', '.join(unknown)}; this phase has {', '.join(networks)}")
+    if unknown := sorted(set(config.trained) - set(NETWORKS)):
+        raise BadConfig(f"`trained` names {', '.join(unknown)}; there are {', '.join(NETWORKS)}")
     for name, parameter in networks.named_parameters():
         chosen = not config.trained_parts or any(part in name for part in config.trained_parts)
         frozen = any(part in name for part in config.frozen_parts)
