@@ -61,7 +61,7 @@ def test_three_times_the_input_is_dropped_and_delays_nobody(house):
 
 
 def test_bad_clients_of_all_kinds_leave_those_who_have_places_alone():
-    alone, beside = bench("--bad-clients", "--sessions", "1", "--seconds", "20", *ONE_PLACE)
+    alone, beside = bench("--bad-clients", "--sessions", "1", "--seconds", "15", *ONE_PLACE)
     assert {name.split()[0] for name in beside["bad_clients"]} == set(KINDS)
     assert alone["target_fps"] == beside["target_fps"] == 25
     assert beside["total_fps"] > alone["total_fps"] / 2
@@ -69,7 +69,7 @@ def test_bad_clients_of_all_kinds_leave_those_who_have_places_alone():
 
 
 def test_bad_clients_that_all_are_let_in_stop_nobody(house):
-    alone, beside = bench("--url", house.stream, "--bad-clients", "--seconds", "20")
+    alone, beside = bench("--url", house.stream, "--bad-clients", "--seconds", "15")
     told = beside["bad_clients"]
     assert told["flood flooding"] > 0
     # How many of the others come to an end in this time depends on the machine; that some reach the server does not.
