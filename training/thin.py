@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ def write(source: Path, target: Path, idle: Mapping[str, Residual]) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def thin(args: argparse.Namespace) -> dict[str, object]:
+def thin(args: argparse.Namespace) -> dict[str, Any]:
     """Decides and writes; what was found, as JSON values. Raises UserError."""
     stages = load_stages(str(args.source), device=args.device, num_threads=args.threads)
     num_frames = whole_chunks(stages, args.seconds)
@@ -145,10 +146,9 @@ def thin(args: argparse.Namespace) -> dict[str, object]:
     return {"rest": names, "num_working": len(modules) - len(names), "before": before.tolist(), "after": after.tolist()}
 
 
-def table(report: Mapping[str, object]) -> str:
+def table(report: Mapping[str, Any]) -> str:
     """For people."""
     rest, before, after = report["rest"], report["before"], report["after"]
-    assert isinstance(rest, list) and isinstance(before, list) and isinstance(after, list)
     lines = [f"  {name}" for name in rest]
     sums = f"{before[0]:.2f} dB, face {before[1]:.2f} dB, becomes {after[0]:.2f} and {after[1]:.2f}"
     return "\n".join([f"{len(rest)} modules rest, {report['num_working']} work on:", *lines, sums])
@@ -176,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.identities < 1 or args.seconds <= 0 or args.limit <= 0 or args.threads < 1:
             raise BadConfig("--identities and --threads must be at least 1, --seconds and --limit above 0")
+        if args.target.resolve() == args.source.resolve():
+            raise BadConfig(f"{args.target} would be written over while it is read: give another folder")
         report = thin(args)
     except UserError as error:
         print(f"error ({error.code}): {error}", file=sys.stderr)

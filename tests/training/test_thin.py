@@ -67,5 +67,7 @@ def test_the_command_zeroes_last_layers_and_the_stages_let_them_rest(folder: Pat
 def test_options_without_sense_are_refused_with_a_sentence(folder: Path, tmp_path: Path, capsys):
     assert main([str(folder), str(tmp_path / "thin"), "--identities", "0"]) == 2
     assert "--identities" in capsys.readouterr().err
+    assert main([str(folder), str(folder)]) == 2
+    assert "another folder" in capsys.readouterr().err
     assert main(["/nowhere", str(tmp_path / "thin")]) == 2
     assert "does not exist" in capsys.readouterr().err
