@@ -122,9 +122,14 @@ async def test_bad_clients_get_their_typed_errors_and_a_bystander_does_not_notic
 
 
 async def test_bad_clients_leave_no_memory_behind(server):
-    figures = await abuse.abuse_server(server.stream, 60, server.pid)
-    early, late = figures["server_rss_mb"].values()
-    assert figures["wrong"] == [] and early > 100 and late - early <= 30
+    grown_mb = []
+    # A leak grows every time; what an allocator takes once, it does not take again.
+    while len(grown_mb) < 2 and (not grown_mb or grown_mb[-1] > 30):
+        figures = await abuse.abuse_server(server.stream, 60, server.pid)
+        early, late = figures["server_rss_mb"].values()
+        assert figures["wrong"] == [] and early > 100
+        grown_mb.append(late - early)
+    assert grown_mb[-1] <= 30, grown_mb
 
 
 async def test_silent_clients_are_ended_and_give_their_places_back(server):
