@@ -161,8 +161,9 @@ def _run(sampling: Sampling, clip_frames: int, rng: np.random.Generator) -> tupl
     return (0, *np.linspace(first, first + span - 1, sampling.num_frames).astype(int).tolist())
 
 
-def decode_frames(path: Path, indices: Sequence[int], min_frames: int = 0) -> Pixels:
-    """(len(indices), h, w, 3) RGB frames of a video of constant rate, found by their times, in one thread.
+def decode_frames(path: Path, indices: Sequence[int], min_frames: int = 0, out: Pixels | None = None) -> Pixels:
+    """(len(indices), h, w, 3) RGB frames of a video of constant rate, found by their times, in one thread; in `out`, of
+    that shape, where it is given.
 
     Decodes from the nearest keyframe before each. Raises BadClip, its code being `missing_video`, `unreadable_video`
     (also one that breaks off), `too_few_frames` (than the indices or `min_frames` ask for) or `wrong_size`.
@@ -178,7 +179,10 @@ def decode_frames(path: Path, indices: Sequence[int], min_frames: int = 0) -> Pi
         raise BadClip(f"{path}: {error}", error.code) from None
     if len({rgb.shape for rgb in found.values()}) != 1:
         raise BadClip(f"{path}: its pictures change their size: prepare it again", "wrong_size")
-    return np.stack([found[number] for number in indices])
+    pictures = [found[number] for number in indices]
+    if out is not None and pictures[0].shape != out.shape[1:]:
+        raise BadClip(f"{path}: pictures of {pictures[0].shape[:2]} px, not {out.shape[1:3]}", "wrong_size")
+    return np.stack(pictures, out=out)
 
 
 def _wanted_frames(container: InputContainer, wanted: list[int], min_frames: int) -> Iterator[tuple[int, VideoFrame]]:
@@ -223,14 +227,15 @@ def _rgb(frame: VideoFrame) -> Pixels:
     return np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
 
 
-def load(manifest: Manifest, pick: Pick) -> Sample:
-    """Decodes a pick. Raises BadClip: as `decode_frames`, or with code `bad_boxes` or `bad_truth`."""
+def load(manifest: Manifest, pick: Pick, out: Pixels | None = None) -> Sample:
+    """Decodes a pick, its pixels into `out` (f, s, s, 3) where that is given. Raises BadClip: as `decode_frames`, or
+    with code `bad_boxes` or `bad_truth`."""
     clip = manifest.clips[pick.clip]
     if max(pick.frames) >= clip.num_frames:
         raise BadClip(f"{clip.name}: {clip.num_frames} frames are too few for the sampling", "too_few_frames")
     boxes = _boxes(manifest, clip, pick.frames)
     truth = _truth(manifest, clip, pick.frames)
-    pixels = decode_frames(video_path(manifest.folder, clip.name), pick.frames, clip.num_frames)
+    pixels = decode_frames(video_path(manifest.folder, clip.name), pick.frames, clip.num_frames, out)
     if pixels.shape[1:3] != (manifest.size_px, manifest.size_px):
         raise BadClip(f"{clip.name}: pictures of {pixels.shape[1:3]} px, not {manifest.size_px}", "wrong_size")
     return Sample(pixels, boxes, truth.motions, truth.canonical, pick.clip, truth.person)
@@ -269,10 +274,10 @@ Attempt = Sample | tuple[int, BadClip]
 """What became of a pick: its sample, or its clip and what is wrong with that."""
 
 
-def attempt(manifest: Manifest, pick: Pick) -> Attempt:
+def attempt(manifest: Manifest, pick: Pick, out: Pixels | None = None) -> Attempt:
     """`load`, with what is wrong as a value."""
     try:
-        return load(manifest, pick)
+        return load(manifest, pick, out)
     except BadClip as error:
         return pick.clip, error
 

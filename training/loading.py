@@ -33,6 +33,7 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 from tqdm import tqdm
 
 from stages.errors import UserError
+from stages.messages import Pixels
 from training.clips import (
     NUM_BOXES,
     NUM_KEYPOINTS,
@@ -127,20 +128,26 @@ def decode_block(rows: Columns, folder: str, size_px: int) -> Columns:
     """
     clips = tuple(Clip(str(name), int(num)) for name, num in zip(rows["name"], rows["num_frames"], strict=True))
     manifest = Manifest(Path(folder), size_px, 0.0, clips)
-    tried = [attempt(manifest, Pick(index, tuple(frames.tolist()))) for index, frames in enumerate(rows["frames"])]
-    blank = _blank(rows["frames"].shape[1], size_px)
-    samples = [each if isinstance(each, Sample) else blank for each in tried]
+    frames = rows["frames"]
+    # Decoded where they are sent from: copying 48 MiB once more is felt.
+    pixels = np.empty((*frames.shape, size_px, size_px, 3), np.uint8)
+    tried = [attempt(manifest, Pick(index, tuple(row.tolist())), pixels[index]) for index, row in enumerate(frames)]
+    samples = [each if isinstance(each, Sample) else _blank(pixels[index]) for index, each in enumerate(tried)]
     errors = [("", "") if isinstance(each, Sample) else (each[1].code, str(each[1])) for each in tried]
     return {
         "clip": rows["clip"],
         "code": np.array([code for code, _ in errors]),
         "message": np.array([message for _, message in errors]),
-    } | {name: np.stack([getattr(sample, name) for sample in samples]) for name in PARTS}
+        "pixels": pixels,
+    } | {name: np.stack([getattr(sample, name) for sample in samples]) for name in PARTS if name != "pixels"}
 
 
-def _blank(num_frames: int, size_px: int) -> Sample:
+def _blank(pixels: Pixels) -> Sample:
+    """A sample of which nothing is known, whose pixels (f, s, s, 3) it blackens."""
+    num_frames = len(pixels)
+    pixels[:] = 0
     return Sample(
-        np.zeros((num_frames, size_px, size_px, 3), np.uint8),
+        pixels,
         np.zeros((num_frames, NUM_BOXES, 4), np.int32),
         np.zeros((num_frames, NUM_MOTIONS), np.float32),
         np.zeros((NUM_KEYPOINTS, 3), np.float32),

@@ -223,6 +223,15 @@ def test_a_bad_video_is_refused_with_its_reason(data, name):
     with pytest.raises(BadClip) as raised:
         load(data, Pick(0, (0, 3, 11)))
     assert raised.value.code == code and data.clips[0].name in str(raised.value)
+    with pytest.raises(BadClip) as raised:
+        load(data, Pick(0, (0, 3, 11)), np.empty((3, SIZE, SIZE, 3), np.uint8))
+    assert raised.value.code == code
+
+
+def test_pixels_are_decoded_where_the_caller_wants_them(data):
+    out, pick = np.empty((3, SIZE, SIZE, 3), np.uint8), Pick(0, (0, 3, 11))
+    sample = load(data, pick, out)
+    assert np.shares_memory(sample.pixels, out) and np.array_equal(out, load(data, pick).pixels)
 
 
 def test_a_pick_beyond_the_clip_is_refused(drawn):
