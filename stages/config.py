@@ -31,7 +31,10 @@ MAY_BE_ZERO = {
     "keypoints.gathered_cells",
     "keypoints.fine_channels",
 }
-MAY_BE_EMPTY = {"pose_guider.mover_channels", "pose_guider.expression_channels", "pose_guider.depth_channels"}
+MAY_BE_EMPTY = {
+    "keypoints.upright_channels",
+    *(f"pose_guider.{part}_channels" for part in ("mover", "expression", "depth", "light")),
+}
 MAY_BE_NEGATIVE = {"pose_guider.head.centre"}
 """Every other number of a config is more than 0."""
 
@@ -93,6 +96,11 @@ class KeypointConfig:
     fine_channels: int = 0
     """0: none; otherwise the width of a part that finds each keypoint's place in pictures of `image_px`
     (`stages.networks.pinpoint`); the ConvNeXt then sees them at half that side."""
+    upright_channels: tuple[int, ...] = ()
+    """Empty: none; otherwise the widths of a part that looks again at the head that was found, turned upright, for its
+    angles (`stages.networks.upright`)."""
+    upright_px: int = 128
+    """Side of the square in which it looks."""
     drawn: tuple[int, ...] = (1, 2, 3, 4, 12, 15, 20)
     colours: tuple[tuple[int, ...], ...] = (
         (255, 0, 0),
@@ -148,6 +156,8 @@ class PoseGuiderConfig:
     (`stages.networks.expressions`), at its own cells and at coarser ones."""
     depth_channels: tuple[int, ...] = ()
     """The same of the part that looks at the portrait for its depths (`stages.networks.depths`)."""
+    light_channels: tuple[int, ...] = ()
+    """The same of the part that looks at it for its light (`stages.networks.light`)."""
 
     @property
     def canvas_channels(self) -> int:
@@ -284,7 +294,7 @@ def check_config(config: ModelConfig) -> None:
                 len(getattr(guider, name)) != len(guider.mover_channels),
                 f"pose_guider.{name} are two numbers where there are mover_channels, and else none",
             )
-            for name in ("expression_channels", "depth_channels")
+            for name in ("expression_channels", "depth_channels", "light_channels")
         ),
         (
             guider.mover_channels and config.size_px % (2 * guider.head.grid_px),
@@ -326,6 +336,10 @@ def check_config(config: ModelConfig) -> None:
         ),
         (max(points.drawn) >= points.num_keypoints, "keypoints.drawn names more than num_keypoints"),
         (len(points.dims) != len(points.depths), "keypoints.dims and keypoints.depths differ in length"),
+        (
+            points.upright_px % 2 ** len(points.upright_channels),
+            f"keypoints.upright_px {points.upright_px} must be a multiple of 2^(number of keypoints.upright_channels)",
+        ),
         (
             encoder.crop_px % 8 or encoder.crop_px < 4 * 2**encoder.hourglass_depth,
             f"motion_encoder.crop_px {encoder.crop_px} must be a multiple of 8, at least 4 · 2^hourglass_depth",

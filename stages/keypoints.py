@@ -16,19 +16,10 @@ from torch import Tensor
 
 from stages.config import KeypointConfig
 from stages.messages import Floats, Pose
-from stages.networks.keypoint_extractor import RawPose
+from stages.networks.keypoint_extractor import RawPose, degrees_of
 
-# The angle logits' bins are 3 degrees wide; the first is centred on -97.5.
-DEGREES_PER_BIN = 3.0
-FIRST_BIN_DEGREES = -97.5
 # A face box reaches a little further right and down than left and up.
 BOX_SHARE_BEFORE, BOX_SHARE_AFTER = 0.95, 1.05
-
-
-def degrees_from_logits(logits: Tensor) -> Tensor:
-    """(n, bins) logits to (n,) degrees: the expected bin (section 6.2)."""
-    bins = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    return (logits.softmax(dim=-1) * bins).sum(dim=-1) * DEGREES_PER_BIN + FIRST_BIN_DEGREES
 
 
 def rotation(degrees: Tensor) -> Tensor:
@@ -54,9 +45,8 @@ def transform(canonical: Tensor, degrees: Tensor, translation: Tensor, scale: Te
 
 def pose_from_raw(raw: RawPose) -> Pose:
     """Interprets the extractor's heads; numpy, so that it can be kept and sent."""
-    degrees = torch.stack([degrees_from_logits(logits) for logits in (raw.pitch, raw.yaw, raw.roll)], dim=-1)
     canonical = rearrange(raw.keypoints, "n (k c) -> n k c", c=3)
-    parts = (canonical, degrees, raw.translation, raw.scale)
+    parts = (canonical, degrees_of(raw), raw.translation, raw.scale)
     return Pose(*(part.float().cpu().numpy() for part in parts))
 
 

@@ -101,10 +101,11 @@ class MotionStage:
         parts = (picture, own, chunk.keypoints, state.portrait_tokens, chunk.tokens)
         portrait, start, end, own_tokens, tokens = (torch.from_numpy(part).to(device) for part in parts)
         drawn = draw(end, self.config.size_px, self.config.keypoints)
-        if state.depths is None or state.fields is None:
-            looked = mover.look(portrait, start, own_tokens).half()
-            state = replace(state, depths=looked.depths.cpu().numpy(), fields=looked.fields.cpu().numpy())
-        looked = Looked(*(torch.from_numpy(part).to(device) for part in (state.depths, state.fields)))
+        if state.depths is None or state.fields is None or state.light is None:
+            found = mover.look(portrait, start, own_tokens).half()
+            depths, fields, light = (part.cpu().numpy() for part in (found.depths, found.fields, found.light))
+            state = replace(state, depths=depths, fields=fields, light=light)
+        looked = Looked(*(torch.from_numpy(part).to(device) for part in (state.depths, state.fields, state.light)))
         moved = mover(drawn, portrait, start, end, own_tokens, tokens, looked)
         return replace(state, own_keypoints=own), replace(chunk, moved=moved.half().cpu().numpy())
 

@@ -29,17 +29,17 @@ class Turned:
     """(n, g, g) 1 where a cell shows a part of the head that the portrait shows too, and else 0."""
     normals: Tensor
     """(n, 6, g, g) where the surface faces in the portrait and in the frame, on which light depends: means of unit
-    vectors, z < 0 towards the viewer, 0 where nothing is seen. On the head's outline they mean little."""
+    vectors, z < 0 towards the viewer, 0 where nothing is seen."""
 
 
-def turned(depth: Tensor, is_head: Tensor, start: Tensor, end: Tensor, side: int) -> Turned:
-    """The head with depths (h, h) where `is_head` (h, h) says so, turned from keypoints `start` (K, 3) to `end`
-    (n, K, 3), in side x side cells."""
+def turned(depth: Tensor, facing: Tensor, is_head: Tensor, start: Tensor, end: Tensor, side: int) -> Turned:
+    """The head with depths (h, h) and a surface that faces as unit normals `facing` (h, h, 3) say, where `is_head`
+    (h, h) says so, turned from keypoints `start` (K, 3) to `end` (n, K, 3), in side x side cells."""
     # In fp32 also where networks train in mixed precision: bfloat16 is off by a pixel.
     with torch.autocast(depth.device.type, enabled=False):
         turn, scale = relative_turn(start, end)
         places = rearrange(cells(len(depth), depth), "h w c -> (h w) c")[is_head.flatten()]
-        faced = rearrange(directions(depth), "h w c -> (h w) c")[is_head.flatten()]
+        faced = facing[is_head]
         points = torch.cat([places - start.mean(0)[:2], depth[is_head][:, None]], 1)
         moved = torch.einsum("nij,pj->npi", turn, points) * rearrange(scale, "n -> n 1 1")
         there = moved[..., :2] + rearrange(end.mean(1)[:, :2], "n c -> n 1 c")

@@ -86,11 +86,13 @@ def empty_picture(size: int, rng: np.random.Generator) -> Pixels:
     return np.asarray(np.clip(canvas, 0, 1) * 255, np.uint8)
 
 
-def displaced_face(picture: Pixels, box: NDArray[np.int64], crop_px: int, rng: np.random.Generator) -> Pixels:
+def displaced_face(
+    picture: Pixels, box: NDArray[np.int64], crop_px: int, rng: np.random.Generator, strength: float = 1.0
+) -> Pixels:
     """The face box (4,), displaced and resized as boxes of people whom the extractor has not learned are: by a tenth of
-    their side; scaled to (crop_px, crop_px, 3)."""
+    their side at `strength` 1; scaled to (crop_px, crop_px, 3)."""
     side = max(int(box[2] - box[0]), 8)
-    shift, growth = rng.normal(0, 0.06, 2) * side, rng.normal(0.02, 0.06, 2) * side
+    shift, growth = rng.normal(0, 0.06, 2) * side * strength, rng.normal(0.02, 0.06, 2) * side * strength
     moved = np.round(box + np.concatenate([shift - growth, shift + growth])).astype(int)
     low, high = np.clip(moved[:2], 0, picture.shape[0] - 8), np.minimum(moved[2:], picture.shape[0])
     high = np.maximum(high, low + 8)

@@ -15,11 +15,15 @@ from training.identity import Identity
 from training.motion import Motion
 from training.solids import Surface, rotation
 from training.unexpressed import unexpressed
-from training.world import VIEWER, Scene, body_solids, head_solids, make_scene, neck
+from training.world import VIEWER, Scene, body_solids, head_solids, make_scene, neck, shade
 
 BACKDROP, BODY, NECK, HEAD, INSIDE = range(5)
 """What a cell shows. A neck follows both its ends, so nobody says where it is from; INSIDE a mouth or an eye is what
 the portrait's expression hides."""
+TOWARDS = np.array((1, 1, -1), np.float32)
+"""From the drawn world's normals to those of `stages.surface`, whose z points away from the viewer."""
+MIDDLING, DARKEST = 0.5, 0.02
+"""A surface's colour, and the least light on it, by which brightness is told."""
 Map = NDArray[Any]
 
 
@@ -28,7 +32,7 @@ def sources(identity: Identity, portrait: Motion, motion: Motion, side: int) -> 
     what it shows, (g, g) of the constants above. Places of the head are those of its surface, also where it has turned
     them out of the portrait's sight."""
     scene = make_scene(identity, motion, side)
-    kinds, local = _seen(scene, portrait)
+    kinds, local, _ = _seen(scene, portrait)
     line = (np.arange(side, dtype=np.float32) + 0.5) * 2 / side - 1
     cells = np.stack(np.meshgrid(line, line), -1)
     turn = rotation(portrait.pitch, portrait.yaw, portrait.roll).astype(np.float32)
@@ -38,12 +42,25 @@ def sources(identity: Identity, portrait: Motion, motion: Motion, side: int) -> 
     return shift.astype(np.float32), kinds
 
 
-def head_depths(identity: Identity, motion: Motion, side: int) -> tuple[Map, Map]:
-    """Depths (g, g) of the head in half picture sides, away from the viewer and relative to the head's own middle, 0
-    where there is no head; and where it is, (g, g) bool."""
-    kinds, local = _seen(make_scene(identity, motion, side), motion)
+def head_shape(identity: Identity, motion: Motion, side: int) -> tuple[Map, Map, Map]:
+    """Depths (g, g) of the head in half picture sides, away from the viewer and relative to the head's own middle;
+    where it is, (g, g) bool, as depths mean nothing elsewhere; and unit normals (g, g, 3) of its surface, z < 0
+    towards the viewer."""
+    kinds, local, normals = _seen(make_scene(identity, motion, side), motion)
     turn = rotation(motion.pitch, motion.yaw, motion.roll).astype(np.float32)
-    return (local @ turn[2]) * np.float32(motion.scale), kinds == HEAD
+    return (local @ turn[2]) * np.float32(motion.scale), kinds == HEAD, normals * TOWARDS
+
+
+def light_map(identity: Identity, side: int) -> tuple[Map, Map]:
+    """How bright this person's light makes surfaces of a middling colour that face everywhere, as
+    `stages.networks.light` keeps it: logarithms (side, side, 3), and where there is such a surface, (side, side)."""
+    line = (np.arange(side, dtype=np.float32) + 0.5) * 2 / side - 1
+    normals = np.stack([*np.meshgrid(line, line), np.zeros((side, side), np.float32)], -1)
+    within = np.square(normals).sum(-1) < 1
+    normals[..., 2] = np.sqrt(np.clip(1 - np.square(normals).sum(-1), 0, 1))
+    flat = normals.reshape(-1, 3)
+    bright = shade(identity, np.full_like(flat, MIDDLING), flat, 0.0) / MIDDLING
+    return np.log(np.clip(bright, DARKEST, None)).reshape(side, side, 3), within
 
 
 def _foot(motion: Motion, scene: Scene) -> Map:
@@ -51,18 +68,19 @@ def _foot(motion: Motion, scene: Scene) -> Map:
     return np.array((motion.x, motion.y)) + motion.scale * scene.torso
 
 
-def _seen(scene: Scene, portrait: Motion) -> tuple[Map, Map]:
-    """Kinds (g, g) and, where a head is seen, places in its own coordinates (g, g, 3) as the portrait has them."""
+def _seen(scene: Scene, portrait: Motion) -> tuple[Map, Map, Map]:
+    """Kinds (g, g) and, where a head is seen, places in its own coordinates (g, g, 3) as the portrait has them, and
+    normals (g, g, 3) as the scene has them."""
     identity = scene.identity
     kinds = np.full((scene.size, scene.size), BACKDROP)
-    local = np.zeros((scene.size, scene.size, 3), np.float32)
+    local, normals = (np.zeros((scene.size, scene.size, 3), np.float32) for _ in range(2))
     front, back = hair.hair_solids(identity)
 
     def lay(surface: Surface, cover: Map, kind: int) -> None:
         shown = cover > 0.5
         kinds[shown] = kind
         if kind == HEAD:
-            local[shown] = scene.local(surface)[shown]
+            local[shown], normals[shown] = scene.local(surface)[shown], surface.normal[shown]
 
     if back:
         behind = scene.see(back, scene.turn, 0.05)
@@ -82,4 +100,4 @@ def _seen(scene: Scene, portrait: Motion) -> tuple[Map, Map]:
         # Strands only fray its edges, by less than a cell.
         cover = hair.hair_cover(identity, places, over, np.full_like(over.height, 0.5), scene.pixel)
         lay(over, cover * above, HEAD)
-    return kinds, local
+    return kinds, local, normals

@@ -78,14 +78,20 @@ class AutoencoderConfig(PhaseConfig):
 
 @dataclass(frozen=True)
 class KeypointsConfig(PhaseConfig):
-    """Pose extractor and motion encoder, supervised by the world's exact pose and expression (tiny only)."""
+    """Pose extractor, its second look and motion encoder, supervised by the world's exact pose and expression; each
+    alone, too (tiny only)."""
 
     negative_share: float = 0.1
     """Share of pictures without a person, for which the keypoints must collapse."""
     mild_share: float = 0.5
-    """Share of pictures with a person that the extractor sees almost as they are: places are learned most exactly."""
+    """Share of pictures with a person, and of face crops, that are seen almost as they are: places are learned most
+    exactly."""
+    pose_weight: float = 1.0
+    """Of the extractor's first look, for all that it says; 0: it is not trained."""
+    turn_weight: float = 1.0
+    """Of its second look, for angles, where it has one; likewise. Alone it is several times as fast."""
     motion_weight: float = 1.0
-    """Of the motion encoder's loss beside the extractor's; 0: only the extractor is trained."""
+    """Of the motion encoder; likewise."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +143,12 @@ class MoverConfig(AnimationConfig):
     expression_weight: float = 3.0
     """Of the error of what expressions do to the portrait; drawn clips have it, and the next."""
     depth_weight: float = 1.0
-    """Of the error of a portrait's depths, likewise."""
+    """Of the error of a portrait's depths, of where its surface faces, and of its light, likewise."""
     place_weight: float = 1.0
-    """Of the error of places; 0 with a picture weight of 0: only what is seen in portraits is learned (expressions and
-    depths), several times as fast."""
+    """Of the error of places; 0 with a picture weight of 0: only what is seen in portraits is learned (expressions,
+    depths and light), several times as fast."""
     picture_weight: float = 1.0
-    """Of the pictures' error; 0: only places, depths and expressions are learned."""
+    """Of the pictures' error; 0: only what the world knows is learned."""
     absolute_weight: float = 0.5
     """Of the pictures' absolute error beside the squared one, pictures in -1 to 1."""
     perceptual_weight: float = 0.0
@@ -280,6 +286,7 @@ def tiny_model() -> ModelConfig:
             radius_px=6,
             gathered_cells=4,
             fine_channels=32,
+            upright_channels=(16, 32, 64, 96),
         ),
         # The canvas shows the moved portrait: what is left to draw is what a small model can learn in an hour.
         pose_guider=PoseGuiderConfig(
@@ -289,6 +296,7 @@ def tiny_model() -> ModelConfig:
             mover_channels=(64, 128),
             expression_channels=(48, 64),
             depth_channels=(32, 64),
+            light_channels=(24, 48),
         ),
         # One resolution of 8x8 squares, so that it can start as their principal components.
         vae=VaeConfig(
@@ -410,7 +418,15 @@ def smoke_model() -> ModelConfig:
             num_tokens=5,
             token_dim=12,
         ),
-        keypoints=KeypointConfig(image_px=64, depths=(1, 1, 2, 1), dims=(8, 12, 16, 24), radius_px=2, fine_channels=4),
+        keypoints=KeypointConfig(
+            image_px=64,
+            depths=(1, 1, 2, 1),
+            dims=(8, 12, 16, 24),
+            radius_px=2,
+            fine_channels=4,
+            upright_channels=(4, 6),
+            upright_px=32,
+        ),
         pose_guider=PoseGuiderConfig(
             channels=(12, 16),
             pixel_patch=4,
@@ -418,6 +434,7 @@ def smoke_model() -> ModelConfig:
             mover_channels=(8, 12),
             expression_channels=(8, 12),
             depth_channels=(8, 12),
+            light_channels=(4, 6),
         ),
         vae=VaeConfig(
             block_channels=(24,),

@@ -1,7 +1,8 @@
-"""Depths: how far from the viewer lies every cell of the head in a portrait, hair included, and where that head ends.
+"""Depths: how far from the viewer lies every cell of the head in a portrait, hair included, which way it faces, and
+where that head ends.
 
 Called by `stages.networks.mover`, once for a portrait, and by phase `mover`, which asks for it: of drawn people it is
-exactly known. What is learned is the distance from an ellipsoid around the keypoints.
+exactly known. What is learned is how the head differs from an ellipsoid around the keypoints.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from stages.config import HeadConfig, ModelConfig
 from stages.moved import cells, spread
 from stages.networks.layers import ResnetBlock
 from stages.networks.vae import fold, unfold
+from stages.surface import directions
 
 FINER = 2
 """Cells along one cell of `HeadConfig.grid_px`."""
 MAX_DEPTH = 10.0
 """Nothing lies farther from the ellipsoid, in units of `stages.moved.spread` of the keypoints."""
+MAX_ASIDE = 0.98
+"""Nothing faces aside more than this, in lengths of its normal across the picture."""
 
 
 class Depths(nn.Module):
-    """Portraits (n, 3, s, s) in [0, 1] and their keypoints (n, K, 3) to (n, 2, g, g): depths from the keypoints' mean,
-    in half picture sides, and logits of belonging to the head."""
+    """Portraits (n, 3, s, s) in [0, 1] and their keypoints (n, K, 3) to (n, 4, g, g): depths from the keypoints' mean,
+    in half picture sides, logits of belonging to the head, and x and y of where its surface faces (unit normals)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -41,7 +45,7 @@ class Depths(nn.Module):
         self.wider = ResnetBlock(2 * coarse, coarse, width, num_groups)
         self.finer = ResnetBlock(coarse + fine, fine, width, num_groups)
         self.norm_out = nn.GroupNorm(num_groups, fine)
-        self.conv_out = nn.Conv2d(fine, 2 * FINER**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(fine, 4 * FINER**2, 3, padding=1)
         for parameter in self.conv_out.parameters():
             nn.init.zeros_(parameter)
 
@@ -57,10 +61,18 @@ class Depths(nn.Module):
             coarse = block(coarse, known)
         x = self.wider(torch.cat([_as_wide(coarse, middle), middle], 1), known)
         x = self.finer(torch.cat([_as_wide(x, fine), fine], 1), known)
-        further, is_head = unfold(self.conv_out(F.silu(self.norm_out(x))), FINER).float().chunk(2, dim=1)
+        further, is_head, aside = unfold(self.conv_out(F.silu(self.norm_out(x))), FINER).float().split((1, 1, 2), 1)
         unit = rearrange(spread(keypoints), "n -> n 1 1 1")
-        depth = ellipsoid(keypoints, FINER * side, self.head) + unit * further.clamp(-MAX_DEPTH, MAX_DEPTH)
-        return torch.cat([depth, is_head], 1)
+        first = ellipsoid(keypoints, FINER * side, self.head)
+        depth = first + unit * further.clamp(-MAX_DEPTH, MAX_DEPTH)
+        return torch.cat([depth, is_head, facing(first[:, 0], aside)], 1)
+
+
+def facing(depth: Tensor, aside: Tensor) -> Tensor:
+    """(n, 2, g, g) x and y of where the surface of depths (n, g, g) faces, and `aside` (n, 2, g, g) from there."""
+    first = torch.stack([directions(one)[..., :2] for one in depth])
+    away = rearrange(first, "n h w c -> n c h w") + aside
+    return away * (MAX_ASIDE / away.norm(dim=1, keepdim=True).clamp(min=MAX_ASIDE))
 
 
 def ellipsoid(keypoints: Tensor, side: int, head: HeadConfig) -> Tensor:

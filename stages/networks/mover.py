@@ -1,10 +1,10 @@
 """Mover: the portrait as a frame's keypoints and motion tokens move it, by places that a small network says.
 
 Called by the motion stage, by `stages.canvas` and by phase `mover`. A portrait is looked at once, for the depths of its
-head and for what expressions do to it. With its depths it turns (`stages.surface`; what it hides turns as an ellipsoid,
-`stages.moved`): the first guess. This network looks at the guess and says how the places in it are wrong, what lies
-beside the head, and where neither helps it paints. Places are looked up, not drawn: so a small network moves sharp
-details.
+head, for its light and for what expressions do to it. With its depths it turns (`stages.surface`; what it hides turns
+as an ellipsoid, `stages.moved`): the first guess. This network looks at the guess and says how the places in it are
+wrong, what lies beside the head, and where neither helps it paints. Places are looked up, not drawn: so a small
+network moves sharp details.
 """
 
 from __future__ import annotations
@@ -21,18 +21,23 @@ from stages.moved import bounded, cells, grown, looked_up, looked_up_at, shifts
 from stages.networks.depths import Depths
 from stages.networks.expressions import Expressions, seen_at
 from stages.networks.layers import ResnetBlock
+from stages.networks.light import MAX_BRIGHTENING, Light, brightened
 from stages.networks.vae import fold, unfold
 from stages.surface import Turned, turned
 
-SPLIT = (2, 2, 3, 3, 3)
-"""Channels that the network says per place: shifts of the head, of what is beside it, paint, how much of each, tint."""
+SPLIT = (2, 2, 3, 3, 3, 1)
+"""Channels that the network says per place: shifts of the head, of what is beside it, paint, how much of each, tint,
+and how much more of what light does."""
 NUM_SAID = sum(SPLIT)
-NUM_GUESSED = 9
-"""Channels of the guess beside pictures: shift, whether the portrait shows it, directions before and after."""
+NUM_GUESSED = 12
+"""Channels of the guess beside pictures: shift, whether the portrait shows it, directions before and after,
+brightening."""
 FINER = 2
 """Cells that the network speaks of, along one cell of its guess: an iris moves by less than the latter."""
 FIRST_SHARES = (4.0, 0.0, -3.0)
 """Logits of head, beside it and paint before anything is learned."""
+MAX_MORE = 10.0
+"""Light does no more than this many times more than it is thought to, nor the opposite."""
 MAX_SHIFT = 1.0
 """Half picture sides; no place is looked up farther from where the guess has it."""
 
@@ -42,13 +47,15 @@ class Looked:
     """What a look at a portrait has found, for all frames."""
 
     depths: Tensor
-    """(2, h, h) as `stages.networks.depths` gives them."""
+    """(4, h, h) as `stages.networks.depths` gives them."""
     fields: Tensor
     """(fields, told, g, g) as `stages.networks.expressions` gives them."""
+    light: Tensor
+    """(3, m, m) as `stages.networks.light` gives it."""
 
     def half(self) -> Looked:
         """As it is kept between chunks."""
-        return Looked(self.depths.half(), self.fields.half())
+        return Looked(self.depths.half(), self.fields.half(), self.light.half())
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,9 @@ class Said:
     shares: Tensor
     """(n, 3, g, g) logits of these three."""
     tint: Tensor
-    """(n, 3, g, g) what light adds to or takes from them, as a head turns in it."""
+    """(n, 3, g, g) what is added to them or taken, where light does more than `gain` says."""
+    gain: Tensor
+    """(n, 3, g, g) how many times as bright the head is here, since it faces another way than in the portrait."""
 
 
 class Mover(nn.Module):
@@ -92,12 +101,14 @@ class Mover(nn.Module):
             nn.init.zeros_(parameter)
         self.depths = Depths(config)
         self.expressions = Expressions(config)
+        self.light = Light(config)
 
     def look(self, portrait: Tensor, start: Tensor, own_tokens: Tensor) -> Looked:
         """At a portrait (3, s, s) in [0, 1] with its keypoints (K, 3) and tokens (T, D)."""
         portrait, start = portrait.float(), bounded(start)
-        depths = self.depths(portrait[None], start[None])[0]
-        return Looked(depths, self.expressions.fields(portrait, start, own_tokens))
+        depths = self.depths(portrait[None], start[None])
+        light = self.light(portrait[None], start[None], depths)[0]
+        return Looked(depths[0], self.expressions.fields(portrait, start, own_tokens), light)
 
     def forward(
         self,
@@ -128,13 +139,16 @@ class Mover(nn.Module):
         guess, found = first_guess(
             looked.depths.float(), start, end, portrait.shape[-1] // self.head.grid_px, self.head
         )
-        guessed = looked_up(portrait, guess)
+        brightening = brightened(looked.light, found.normals)
+        guessed = looked_up(portrait, guess) * grown(brightening.exp(), portrait.shape[-1])
         shown = torch.cat([drawn.float(), guessed, portrait.expand_as(guessed)], 1)
         own, flat = own_tokens.float().expand_as(tokens).flatten(1), tokens.float().flatten(1)
         given = torch.cat([own, flat, start.expand_as(end).flatten(1), end.flatten(1)], 1)
         told = self.expressions.told(looked.fields, own_tokens, tokens)
-        guessed_at = torch.cat([rearrange(guess, "n h w c -> n c h w"), found.seen[:, None], found.normals], 1)
-        return meant(guess, self._said(shown, guessed_at, given), told, start)
+        guessed_at = torch.cat(
+            [rearrange(guess, "n h w c -> n c h w"), found.seen[:, None], found.normals, brightening], 1
+        )
+        return meant(guess, brightening, self._said(shown, guessed_at, given), told, start)
 
     def _said(self, shown: Tensor, guessed_at: Tensor, given: Tensor) -> Tensor:
         """(n, NUM_SAID, g, g) in fp32, g being `FINER` times the grid of `guessed_at` (n, NUM_GUESSED, h, h)."""
@@ -152,16 +166,17 @@ class Mover(nn.Module):
 
 def first_guess(depths: Tensor, start: Tensor, end: Tensor, side: int, head: HeadConfig) -> tuple[Tensor, Turned]:
     """(n, side, side, 2) how far from every cell of n frames lies the place in the portrait that it shows, and what of
-    it is known by the portrait's depths (2, h, h); the rest turns as an ellipsoid."""
-    depth, is_head = depths
-    found = turned(depth, is_head > 0, start, end, side)
+    it is known by the portrait's depths (4, h, h); the rest turns as an ellipsoid."""
+    depth, is_head, across, down = depths
+    towards = -(1 - across.square() - down.square()).clamp(min=0).sqrt()
+    found = turned(depth, torch.stack([across, down, towards], -1), is_head > 0, start, end, side)
     return torch.where(found.seen[..., None] > 0, found.shift, shifts(start, end, side, head)), found
 
 
-def meant(guess: Tensor, said: Tensor, told: Tensor, start: Tensor) -> Said:
-    """What the network's channels (n, NUM_SAID, g, g) mean, given the first guess (n, h, h, 2) and what
-    `Expressions.told` says of the portrait, whose keypoints are `start`."""
-    head, beside, paint, shares, tint = said.split(SPLIT, dim=1)
+def meant(guess: Tensor, brightening: Tensor, said: Tensor, told: Tensor, start: Tensor) -> Said:
+    """What the network's channels (n, NUM_SAID, g, g) mean, given the first guess (n, h, h, 2), what light does to it
+    (n, 3, h, h), and what `Expressions.told` says of the portrait, whose keypoints are `start`."""
+    head, beside, paint, shares, tint, more = said.split(SPLIT, dim=1)
     first = torch.tensor(FIRST_SHARES, device=said.device)[:, None, None]
     fine = rearrange(grown(rearrange(guess, "n h w c -> n c h w"), said.shape[-1]), "n c h w -> n h w c")
     at_head = fine + _shift(head)
@@ -169,19 +184,23 @@ def meant(guess: Tensor, said: Tensor, told: Tensor, start: Tensor) -> Said:
     # Of the three shares, paint's is the last.
     shares = shares + first + F.pad(opened, (0, 0, 0, 0, 2, 0))
     paint = (paint + colours).sigmoid()
-    return Said(at_head + rearrange(pulled, "n c h w -> n h w c"), _shift(beside), paint, shares, torch.tanh(tint))
+    more = more.clamp(-MAX_MORE, MAX_MORE)
+    gain = (grown(brightening, said.shape[-1]) * (1 + more)).clamp(-MAX_BRIGHTENING, MAX_BRIGHTENING).exp()
+    return Said(
+        at_head + rearrange(pulled, "n c h w -> n h w c"), _shift(beside), paint, shares, torch.tanh(tint), gain
+    )
 
 
 def composed(portrait: Tensor, said: Said) -> Tensor:
     """(n, 3, s, s) in [0, 1]: portrait (3, s, s) looked up where head and what is beside it lead, and paint, by their
-    shares, tinted."""
+    shares, lit and tinted."""
     side = portrait.shape[-1]
     head, beside, painted = said.shares.softmax(1).split(1, dim=1)
     over = painted * said.paint + said.tint
     places = (rearrange(part, "n h w c -> n c h w") for part in (said.head, said.beside))
     # Grown at once, as that is what takes the time.
-    wide = grown(torch.cat([*places, head, beside, over], 1), side)
-    to_head, to_beside, head, beside, over = wide.split((2, 2, 1, 1, 3), dim=1)
+    wide = grown(torch.cat([*places, head * said.gain, beside, over], 1), side)
+    to_head, to_beside, head, beside, over = wide.split((2, 2, 3, 1, 3), dim=1)
     # Most of what is beside the head does not move: a dearer look would show nothing more.
     pictures = head * looked_up_at(portrait, to_head, "bicubic") + beside * looked_up_at(portrait, to_beside)
     return (pictures + over).clamp(0, 1)

@@ -14,7 +14,6 @@ from stages.config import ModelConfig
 from stages.images import clip_pixels, detector_frames, portrait_tensor, signed
 from stages.keypoints import (
     boxes,
-    degrees_from_logits,
     draw,
     frame_pose,
     interpolate_start,
@@ -24,7 +23,7 @@ from stages.keypoints import (
 )
 from stages.messages import Pose
 from stages.networks.image_encoder import ImageEncoder
-from stages.networks.keypoint_extractor import KeypointExtractor, RawPose
+from stages.networks.keypoint_extractor import KeypointExtractor, RawPose, degrees_from_logits
 from stages.networks.motion_encoder import MotionEncoder, sinusoids
 from stages.networks.pose_guider import PoseGuider
 from stages.networks.vae import Vae

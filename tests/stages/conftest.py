@@ -250,6 +250,7 @@ def moving_stages(stages: Stages) -> Stages:
         mover_channels=(4, 8),
         expression_channels=(4, 8),
         depth_channels=(4, 8),
+        light_channels=(4, 6),
     )
     return with_guider(stages, guider)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stages.config import HeadConfig
-from stages.networks.depths import FINER, Depths, ellipsoid
+from stages.networks.depths import FINER, MAX_ASIDE, Depths, ellipsoid, facing
+from stages.surface import directions
 from training.recipes import smoke_model
 
 SIDE = 48
@@ -24,9 +25,18 @@ def depths(moving_stages) -> Depths:
 def test_untrained_depths_are_an_ellipsoid_of_which_nothing_is_known():
     config = smoke_model()
     fresh, points = Depths(config), torch.randn(2, config.keypoints.num_keypoints, 3) * 0.3
-    depth, is_head = fresh(torch.rand(2, 3, 64, 64), points).unbind(1)
+    depth, is_head, *aside = fresh(torch.rand(2, 3, 64, 64), points).unbind(1)
     torch.testing.assert_close(depth, ellipsoid(points, 16 * FINER, config.pose_guider.head)[:, 0])
     assert not (is_head > 0).any()
+    faced = torch.stack([directions(one) for one in depth])
+    torch.testing.assert_close(torch.stack(aside, -1), faced[..., :2], rtol=0, atol=0.02)
+
+
+def test_nothing_faces_aside_by_more_than_a_unit_normal_can():
+    depth, aside = torch.zeros(1, 8, 8), torch.zeros(1, 2, 8, 8)
+    aside[:, 0, 3, 3], aside[:, 1, 3, 4] = 5.0, -0.5
+    faced = facing(depth, aside)[0, :, 3, 3:5]
+    torch.testing.assert_close(faced, torch.tensor([[MAX_ASIDE, 0.0], [0.0, -0.5]]))
 
 
 def test_an_ellipsoid_is_nearest_in_its_middle_and_as_deep_as_its_outline_around_it():
@@ -44,7 +54,7 @@ def test_an_ellipsoid_is_nearest_in_its_middle_and_as_deep_as_its_outline_around
 def test_picture_and_keypoints_decide_and_portraits_do_not_see_each_other(depths):
     pictures, points = torch.rand(2, 3, SIDE, SIDE), torch.stack([KEYPOINTS, KEYPOINTS + 0.1])
     both = depths(pictures, points)
-    assert both.shape == (2, 2, 12 * FINER, 12 * FINER)
+    assert both.shape == (2, 4, 12 * FINER, 12 * FINER)
     torch.testing.assert_close(both[1:], depths(pictures[1:], points[1:]), rtol=0, atol=1e-4)
     for changed in (depths(pictures.flip(0), points), depths(pictures, points.flip(0))):
         assert (changed - both).abs().max() > 1e-3

@@ -8,7 +8,6 @@ from stages.config import KeypointConfig
 from stages.keypoints import (
     box_is_usable,
     boxes,
-    degrees_from_logits,
     draw,
     frame_pose,
     interpolate,
@@ -20,7 +19,7 @@ from stages.keypoints import (
     transform,
 )
 from stages.messages import Pose
-from stages.networks.keypoint_extractor import RawPose
+from stages.networks.keypoint_extractor import RawPose, degrees_from_logits
 
 CONFIG = KeypointConfig(
     num_keypoints=4,

@@ -21,10 +21,14 @@ def test_messages_and_their_torch_free_neighbours_leave_torch_unloaded():
 
 
 def test_a_motion_state_survives_a_process_border_bit_by_bit():
-    fields, depths = np.float16([[[[0.1, 65504]]]]), np.float16([[[-0.3]], [[9.0]]])
-    state = MotionState(POSE, np.float32([[0.1, -0.0, np.inf]]), True, POSE, depths=depths, fields=fields)
+    seen = {
+        "fields": np.float16([[[[0.1, 65504]]]]),
+        "depths": np.float16([[[-0.3]], [[9.0]]]),
+        "light": np.float16([[[0.7, -0.0]]]),
+    }
+    state = MotionState(POSE, np.float32([[0.1, -0.0, np.inf]]), True, POSE, **seen)
     arrived = pickle.loads(pickle.dumps(state))
-    assert arrived.fields.tobytes() == fields.tobytes() and arrived.depths.tobytes() == depths.tobytes()
+    assert all(getattr(arrived, name).tobytes() == part.tobytes() for name, part in seen.items())
     assert arrived.portrait_tokens.tobytes() == state.portrait_tokens.tobytes()
     assert arrived.first.canonical.tobytes() == POSE.canonical.tobytes()
     assert (arrived.started, arrived.held, arrived.last_tokens) == (True, None, None)

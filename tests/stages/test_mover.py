@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 from stages.config import HeadConfig
 from stages.moved import moved, shifts
 from stages.networks.expressions import NUM_TOLD
-from stages.networks.mover import FINER, FIRST_SHARES, NUM_SAID, SPLIT, Looked, Said, composed, first_guess, meant
+from stages.networks.light import MAX_BRIGHTENING
+from stages.networks.mover import FINER, FIRST_SHARES, NUM_SAID, SPLIT, Said, composed, first_guess, meant
 
 SIDE = 48
 
@@ -21,7 +23,7 @@ def some(seed: int, *shape: int) -> torch.Tensor:
 
 def said(**parts: torch.Tensor) -> torch.Tensor:
     """(1, NUM_SAID, 12, 12): zero but for the given parts."""
-    names = ("head", "beside", "paint", "shares", "tint")
+    names = ("head", "beside", "paint", "shares", "tint", "more")
     return torch.cat(
         [
             torch.ones(1, size, 12, 12) * parts.get(name, torch.zeros(1)).reshape(1, -1, 1, 1)
@@ -31,9 +33,14 @@ def said(**parts: torch.Tensor) -> torch.Tensor:
     )
 
 
+def even(guess: torch.Tensor) -> torch.Tensor:
+    """Light in which nothing becomes brighter or darker."""
+    return torch.zeros(len(guess), 3, *guess.shape[1:3])
+
+
 def calm(guess: torch.Tensor, channels: torch.Tensor) -> Said:
     """What is meant where expressions do nothing."""
-    return meant(guess, channels, torch.zeros(len(guess), NUM_TOLD, 8, 8), some(1, 9, 3))
+    return meant(guess, even(guess), channels, torch.zeros(len(guess), NUM_TOLD, 8, 8), some(1, 9, 3))
 
 
 @torch.no_grad()
@@ -103,7 +110,7 @@ def test_an_expression_pulls_and_paints_what_its_part_of_the_portrait_becomes():
     told = torch.zeros(1, NUM_TOLD, 8, 8)
     told[:, 0], told[:, 2], told[:, 3] = 0.1, 40.0, 9.0
     guess = torch.zeros(1, 12, 12, 2)
-    still, pulled = (meant(guess, said(), part, start) for part in (torch.zeros_like(told), told))
+    still, pulled = (meant(guess, even(guess), said(), part, start) for part in (torch.zeros_like(told), told))
     moved_by = pulled.head - still.head
     assert moved_by[0, 6, 6, 0] > 0.02 and (moved_by[0, 0] == 0).all() and (moved_by[..., 1] == 0).all()
     [ours] = composed(torch.rand(3, SIDE, SIDE), pulled)
@@ -131,15 +138,30 @@ def test_what_has_been_seen_in_the_portrait_decides(moving_stages):
     seen = dataclasses.replace(looked, depths=torch.cat([looked.depths[:1], torch.ones_like(looked.depths[1:])]))
     once, other, deeper = (
         mover(drawn, portrait, start, end, own, tokens, part)
-        for part in (seen, dataclasses.replace(seen, fields=2 * seen.fields), Looked(1.5 * seen.depths, seen.fields))
+        for part in (
+            seen,
+            dataclasses.replace(seen, fields=2 * seen.fields),
+            dataclasses.replace(seen, depths=1.5 * seen.depths),
+        )
     )
     assert (other - once).abs().max() > 1e-4 and (deeper - once).abs().max() > 1e-4
+
+
+def test_what_comes_to_face_the_light_is_brighter_and_the_network_says_by_how_much_more():
+    portrait, guess = torch.full((3, SIDE, SIDE), 0.3), torch.zeros(1, 12, 12, 2)
+    told, gain = torch.zeros(1, NUM_TOLD, 8, 8), torch.full((1, 3, 12, 12), 0.2)
+    all_head = torch.tensor([30.0, 0.0, 0.0])
+    for more, exponent in ((0.0, 0.2), (1.0, 0.4), (-1.0, 0.0), (1e30, MAX_BRIGHTENING)):
+        channels = said(shares=all_head, more=torch.tensor([more]))
+        [ours] = composed(portrait, meant(guess, gain, channels, told, some(1, 9, 3)))
+        torch.testing.assert_close(ours, (portrait * math.exp(exponent)).clamp(max=1), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 def test_what_a_portrait_does_not_show_turns_as_an_ellipsoid(moving_stages):
     head = moving_stages.config.pose_guider.head
-    start, end, depths = some(1, 9, 3), some(2, 2, 9, 3), torch.stack([torch.zeros(24, 24), -torch.ones(24, 24)])
+    start, end, flat = some(1, 9, 3), some(2, 2, 9, 3), torch.zeros(24, 24)
+    depths = torch.stack([flat, flat - 1, flat, flat])
     guess, found = first_guess(depths, start, end, 12, head)
     assert not found.seen.any() and torch.equal(guess, shifts(start, end, 12, head))
     depths[1, 8:16, 8:16] = 1

@@ -12,10 +12,12 @@ from stages.moved import bounded, shifts
 from stages.surface import directions, splatted, turned
 from training.identity import sample_identity
 from training.motion import sample_motion, sample_portrait_motion
-from training.places import HEAD, head_depths, sources
+from training.places import HEAD, head_shape, sources
 from training.world import project, true_pose
 
 SIDE = 32
+TOWARDS = torch.tensor([0.0, 0.0, -1.0]).expand(16, 16, 3)
+"""A surface that faces the viewer."""
 
 
 def places_off(seed: int) -> tuple[float, float, float]:
@@ -24,8 +26,8 @@ def places_off(seed: int) -> tuple[float, float, float]:
     rng, person = np.random.default_rng(seed), sample_identity(700 + seed)
     portrait, motion = sample_portrait_motion(rng), sample_motion(rng, 0.7)
     start, end = (torch.from_numpy(project(true_pose(person, one)))[0] for one in (portrait, motion))
-    depth, is_head = (torch.from_numpy(part) for part in head_depths(person, portrait, 2 * SIDE))
-    ours = turned(depth - start.mean(0)[2], is_head, start, end[None], SIDE)
+    depth, is_head, facing = (torch.from_numpy(part) for part in head_shape(person, portrait, 2 * SIDE))
+    ours = turned(depth - start.mean(0)[2], facing, is_head, start, end[None], SIDE)
     true, kinds = (torch.from_numpy(part) for part in sources(person, portrait, motion, SIDE))
     seen = (ours.seen[0] > 0) & (kinds == HEAD)
     guesses = ours.shift[0], shifts(start, end[None], SIDE, HeadConfig())[0]
@@ -48,7 +50,7 @@ def surface() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_with_its_own_keypoints_nothing_moves_and_all_of_the_head_is_seen():
     depth, is_head, start = surface()
-    still = turned(depth, is_head, start, start[None], 16)
+    still = turned(depth, TOWARDS, is_head, start, start[None], 16)
     assert torch.equal(still.seen[0] > 0, is_head)
     assert still.shift.abs().max() < 1e-5
     torch.testing.assert_close(still.normals[:, :3], still.normals[:, 3:], rtol=0, atol=1e-5)
@@ -57,7 +59,7 @@ def test_with_its_own_keypoints_nothing_moves_and_all_of_the_head_is_seen():
 
 def test_a_head_that_moves_aside_is_seen_there():
     depth, is_head, start = surface()
-    aside = turned(depth, is_head, start, (start + torch.tensor([0.25, 0.0, 0.0]))[None], 16)
+    aside = turned(depth, TOWARDS, is_head, start, (start + torch.tensor([0.25, 0.0, 0.0]))[None], 16)
     assert torch.equal(aside.seen[0] > 0, is_head.roll(2, dims=1))
     torch.testing.assert_close(aside.shift[0, 8, 8], torch.tensor([-0.25, 0.0]), rtol=0, atol=1e-5)
 
@@ -66,7 +68,7 @@ def test_where_a_head_turns_its_surface_faces_aside():
     depth, is_head, start = surface()
     about_y = rotation(torch.tensor([[0.0, 30.0, 0.0]]))[0]
     end = (start - start.mean(0)) @ about_y + start.mean(0)
-    normals = turned(depth, is_head, start, end[None], 16).normals[0, :, 8, 8]
+    normals = turned(depth, TOWARDS, is_head, start, end[None], 16).normals[0, :, 8, 8]
     torch.testing.assert_close(normals[:3], torch.tensor([0.0, 0.0, -1.0]))
     torch.testing.assert_close(normals[3:], -about_y[2], rtol=0, atol=1e-5)
 
@@ -74,14 +76,14 @@ def test_where_a_head_turns_its_surface_faces_aside():
 def test_depths_learn_from_where_they_lead():
     depth, is_head, start = surface()
     end = (start - start.mean(0)) @ rotation(torch.tensor([[0.0, 30.0, 0.0]]))[0] + start.mean(0)
-    turned(depth.requires_grad_(), is_head, start, end[None], 16).shift.sum().backward()
+    turned(depth.requires_grad_(), TOWARDS, is_head, start, end[None], 16).shift.sum().backward()
     assert depth.grad is not None and (depth.grad[is_head] != 0).all() and (depth.grad[~is_head] == 0).all()
 
 
 def test_a_head_that_comes_much_nearer_has_gaps_that_are_not_seen():
     depth, is_head, start = surface()
     near = start.mean(0) + 3 * (start - start.mean(0))
-    shown = turned(depth, is_head, start, near[None], 16)
+    shown = turned(depth, TOWARDS, is_head, start, near[None], 16)
     share = (shown.seen[0] > 0).float().mean()
     assert 0.05 < share < 0.3
     assert (shown.shift[shown.seen == 0] == 0).all()
@@ -89,9 +91,9 @@ def test_a_head_that_comes_much_nearer_has_gaps_that_are_not_seen():
 
 def test_off_the_picture_or_without_a_head_nothing_is_seen():
     depth, is_head, start = surface()
-    far = turned(depth, is_head, start, (start + torch.tensor([9.0, 0.0, 0.0]))[None], 16)
-    none = turned(depth, torch.zeros_like(is_head), start, start[None], 16)
-    senseless = turned(depth, is_head, start, bounded(torch.full((1, 4, 3), float("nan"))), 16)
+    far = turned(depth, TOWARDS, is_head, start, (start + torch.tensor([9.0, 0.0, 0.0]))[None], 16)
+    none = turned(depth, TOWARDS, torch.zeros_like(is_head), start, start[None], 16)
+    senseless = turned(depth, TOWARDS, is_head, start, bounded(torch.full((1, 4, 3), float("nan"))), 16)
     for gone in (far, none):
         assert not gone.seen.any() and not gone.shift.any()
     assert all(part.isfinite().all() for part in (senseless.shift, senseless.seen, senseless.normals))
@@ -108,7 +110,7 @@ def test_what_is_nearer_hides_what_is_behind():
 def test_frames_do_not_see_each_other():
     depth, is_head, start = surface()
     ends = start + torch.tensor([[[0.1, 0.0, 0.0]], [[0.0, -0.3, 0.0]]])
-    both, alone = turned(depth, is_head, start, ends, 16), turned(depth, is_head, start, ends[1:], 16)
+    both, alone = turned(depth, TOWARDS, is_head, start, ends, 16), turned(depth, TOWARDS, is_head, start, ends[1:], 16)
     torch.testing.assert_close(both.shift[1:], alone.shift)
     torch.testing.assert_close(both.normals[1:], alone.normals)
 

@@ -43,7 +43,9 @@ def scene_of(config: ModelConfig, num_frames: int) -> Scene:
 def test_any_number_of_steps_ends_at_what_the_denoiser_says(config: ModelConfig, prediction: str):
     parts = {
         "pose_guider": replace(
-            config.pose_guider, shows_portrait=False, mover_channels=(), expression_channels=(), depth_channels=()
+            config.pose_guider,
+            shows_portrait=False,
+            **{f"{part}_channels": () for part in ("mover", "expression", "depth", "light")},
         ),
         "unet": replace(config.unet, num_bases=0),
         "window": replace(config.window, prediction=prediction),

@@ -10,8 +10,8 @@ import pytest
 
 from training.identity import sample_identity
 from training.motion import Motion, sample_motion, sample_portrait_motion
-from training.places import BACKDROP, BODY, HEAD, head_depths, sources
-from training.world import project, render, true_pose
+from training.places import BACKDROP, BODY, HEAD, MIDDLING, TOWARDS, head_shape, light_map, sources
+from training.world import project, render, shade, true_pose
 
 SIDE = 48
 
@@ -62,9 +62,24 @@ def test_the_backdrop_stays_and_the_body_moves_as_one(seed: int):
 
 def test_the_nose_is_nearest_and_where_it_is_the_depth_is_its_keypoints():
     person, portrait = sample_identity(603), Motion(pitch=4, yaw=-8, roll=3, x=0.05, y=-0.04, scale=0.6)
-    depth, is_head = head_depths(person, portrait, 96)
+    depth, is_head, normals = head_shape(person, portrait, 96)
     [points] = project(true_pose(person, portrait))
     column, row = ((points[12, :2] + 1) * 48).astype(int)
     assert is_head[row, column] and not is_head[0].any()
     assert depth[row, column] == pytest.approx(points[12, 2], abs=0.05)
     assert depth[is_head].min() > points[12, 2] - 0.05 and depth[is_head].max() > points[12, 2] + 0.4
+    np.testing.assert_allclose(np.linalg.norm(normals[is_head], axis=-1), 1, atol=1e-5)
+    assert (normals[is_head][:, 2] < 0).all() and not normals[~is_head & (depth == 0)].any()
+    left, right = (normals[row, column + aside][0] for aside in (-16, 16))
+    assert left < right
+
+
+def test_light_is_told_by_where_surfaces_face():
+    person = sample_identity(604)
+    told, within = light_map(person, 33)
+    assert told.shape == (33, 33, 3) and within[16, 16] and not within[0, 0]
+    straight = np.float32([[0, 0, -1]]) * TOWARDS
+    bright = shade(person, np.full((1, 3), MIDDLING, np.float32), straight, 0.0)[0]
+    np.testing.assert_allclose(np.exp(told[16, 16]) * MIDDLING, bright, rtol=1e-4)
+    lit_side = told[16, 16 + 8 * int(np.sign(person.light[0]))]
+    assert lit_side.mean() > told[16, 16 - 8 * int(np.sign(person.light[0]))].mean()

@@ -17,9 +17,9 @@ from stages.canvas import ShownPortrait, canvases
 from stages.config import ModelConfig
 from stages.errors import BadConfig
 from stages.images import clip_pixels, detector_frames, face_crop, signed
-from stages.keypoints import box_is_usable, boxes, degrees_from_logits, transform
+from stages.keypoints import box_is_usable, boxes, transform
 from stages.networks.image_encoder import ImageEncoder
-from stages.networks.keypoint_extractor import KeypointExtractor
+from stages.networks.keypoint_extractor import KeypointExtractor, degrees_of
 from stages.networks.motion_encoder import MotionEncoder
 from stages.networks.pose_guider import PoseGuider
 from stages.networks.unet import (
@@ -101,9 +101,10 @@ class AnimationPhase(Phase):
         return next(self.networks["pose_guider"].parameters()).device
 
     def train(self, mode: bool = True) -> AnimationPhase:
-        """Batch norms of the motion encoder keep their statistics: those of one person's frames are others."""
+        """Batch norms of what looks at frames keep their statistics: those of one person's frames are others."""
         super().train(mode)
-        self.networks["motion_encoder"].eval()
+        for name in ("motion_encoder", "keypoint_extractor"):
+            self.networks[name].eval()
         return self
 
     def scene(self, batch: Batch, draw: Draws, whole: bool = False) -> Scene:
@@ -157,8 +158,8 @@ class AnimationPhase(Phase):
         with torch.autocast(self.device.type, enabled=False):
             raw = extractor(detector_frames(images, self.model.keypoints.image_px))
         canonical = rearrange(raw.keypoints, "n (k c) -> n k c", c=3)[::num_pictures]
-        degrees = torch.stack([degrees_from_logits(part) for part in (raw.pitch, raw.yaw, raw.roll)], -1)
-        return transform(repeat(canonical, "b k c -> (b f) k c", f=num_pictures), degrees, raw.translation, raw.scale)
+        canonical = repeat(canonical, "b k c -> (b f) k c", f=num_pictures)
+        return transform(canonical, degrees_of(raw), raw.translation, raw.scale)
 
     def _tokens(self, batch: Batch, images: Tensor, keypoints: Tensor, draw: Draws) -> Tensor:
         """(b, 1 + f, T, D) motion tokens of the pictures; zeros for the portrait where the encoder would have to read

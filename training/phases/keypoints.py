@@ -1,6 +1,7 @@
 """Phase `keypoints`: the two networks that look at a driving frame, supervised by the world's exact answers.
 
-The pose extractor learns head pose and keypoints from whole pictures, with pictures without a person among them; the
+The pose extractor learns head pose and keypoints from whole pictures, with pictures without a person among them; its
+second look (`stages.networks.upright`), where it has one, learns angles from squares laid where the head is; the
 motion encoder learns to read expressions off face crops into the tokens that `training.known` gives. The small image
 encoder is not trained: the single token it yields is a fixed random projection of the portrait, and the denoiser learns
 to use it as that.
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.config import ModelConfig, MotionEncoderConfig
+from stages.errors import BadConfig
 from stages.images import signed
-from stages.keypoints import boxes, degrees_from_logits, transform
+from stages.keypoints import boxes, transform
 from stages.messages import Floats
-from stages.networks.keypoint_extractor import KeypointExtractor, RawPose
+from stages.networks.keypoint_extractor import KeypointExtractor, RawPose, degrees_from_logits
 from stages.networks.motion_encoder import MotionEncoder
 from stages.networks.pinpoint import places_of
+from stages.networks.upright import UNITS, upright
 from training.clips import Batch, check_drawn
 from training.disturb import degrade, displaced_face, empty_picture, reframe
 from training.known import FIRST_EXPRESSION, posed, read_expression, token_map
@@ -36,9 +39,14 @@ NOWHERE = (0.0, -3.0, 0.0)
 """Translation taught for pictures without a person: all keypoints far above the picture, so that the box is empty even
 where the scale, taught to be 0, is a little off."""
 MILD = 0.3
-"""Strength of the shift and turn of pictures that are not disturbed otherwise."""
+"""Strength of the shift and turn of pictures, and of the displacement of face crops, that are not disturbed
+otherwise."""
 SURPRISE_WEIGHT = 0.02
 """Of the cross-entropy of heat: as much as a place that is wrong by a pixel, once heat is as narrow as it can be."""
+SECOND_LOOK_OFF = (0.024, 0.024, 0.015, 0.8)
+"""Deviations of the second look's squares: across and down in head units, of the scale (1.5 %), degrees of roll."""
+TURNS_SQUARED_WITHIN = 0.05
+"""Of `UNITS`, within which an error of the second look counts by its square."""
 EXPRESSION_WEIGHTS = (1.2, 1.5, 1.3, 1.3, 1.0, 2.0, 1.0, 1.0)
 
 
@@ -51,6 +59,16 @@ class KeypointsPhase(Phase):
         self.helpers = nn.ModuleList(
             [nn.Linear(16 * model.motion_encoder.trunk_channels, len(EXPRESSION)) for _ in range(2)]
         )
+        again = self._extractor().upright
+        if not (config.pose_weight or config.motion_weight or (config.turn_weight and again is not None)):
+            raise BadConfig(
+                "phase keypoints: all its weights are 0 (turn_weight does not count for a model without "
+                "keypoints.upright_channels), so nothing is learned: set one above 0"
+            )
+        if not config.pose_weight:
+            self._extractor().requires_grad_(False)
+        if again is not None:
+            again.requires_grad_(config.turn_weight > 0)
         if not config.motion_weight:
             for idle in (self.networks["motion_encoder"], self.helpers):
                 idle.requires_grad_(False)
@@ -60,25 +78,47 @@ class KeypointsPhase(Phase):
         pixels = rearrange(batch.pixels, "b f h w c -> (b f) h w c")
         motions = rearrange(batch.motions, "b f c -> (b f) c")
         canonical = repeat(batch.canonical, "b k c -> (b f) k c", f=batch.pixels.shape[1])
-        pose_loss, pose_metrics = self._pose_loss(pixels, motions, canonical, draw.numpy)
-        if not self.config.motion_weight:
-            return Update(pose_loss, pose_metrics)
-        motion_loss, motion_metrics = self._motion_loss(pixels, motions, canonical, draw.numpy)
-        return Update(pose_loss + self.config.motion_weight * motion_loss, pose_metrics | motion_metrics)
+        loss, metrics = torch.zeros(()), dict[str, Tensor]()
+        parts = [(self.config.pose_weight, self._pose_loss), (self.config.motion_weight, self._motion_loss)]
+        if self._extractor().upright is not None:
+            parts.append((self.config.turn_weight, self._turn_loss))
+        for weight, part in parts:
+            if weight:
+                error, errors = part(pixels, motions, canonical, draw.numpy)
+                loss, metrics = loss + weight * error, metrics | errors
+        return Update(loss, metrics)
 
     def _pose_loss(
         self, pixels: NDArray[np.uint8], motions: Floats, canonical: Floats, rng: np.random.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        extractor = self.networks["keypoint_extractor"]
-        assert isinstance(extractor, KeypointExtractor)
         present = rng.random(len(pixels)) >= self.config.negative_share
         images, poses = disturbed(
             pixels, motions[:, :6], present, self.config.mild_share, self.model.keypoints.image_px, rng
         )
-        device = next(extractor.parameters()).device
-        raw = extractor(images.to(device))
+        device = next(self._extractor().parameters()).device
+        raw = self._extractor().first_look(images.to(device))
         parts = (torch.from_numpy(part).to(device) for part in (canonical, poses, present))
         return keypoint_loss(raw, *parts)
+
+    def _extractor(self) -> KeypointExtractor:
+        extractor = self.networks["keypoint_extractor"]
+        assert isinstance(extractor, KeypointExtractor)
+        return extractor
+
+    def _turn_loss(
+        self, pixels: NDArray[np.uint8], motions: Floats, canonical: Floats, rng: np.random.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the second look, at squares where the head is, off by about as much as the first look is."""
+        again, shape = self._extractor().upright, self.model.keypoints
+        assert again is not None
+        everybody = np.ones(len(pixels), bool)
+        images, poses = disturbed(pixels, motions[:, :6], everybody, self.config.mild_share, shape.image_px, rng)
+        device = next(again.parameters()).device
+        squares, degrees = second_looks(images.to(device), poses, shape.upright_px, rng)
+        wrong = again(squares) - degrees
+        errors = dict(zip(("turn_pitch", "turn_yaw", "turn_roll"), wrong.detach().abs().mean(0), strict=True))
+        units = torch.tensor(UNITS, device=device)
+        return F.smooth_l1_loss(wrong / units, torch.zeros_like(wrong), beta=TURNS_SQUARED_WITHIN), errors
 
     def _motion_loss(
         self, pixels: NDArray[np.uint8], motions: Floats, canonical: Floats, rng: np.random.Generator
@@ -89,7 +129,7 @@ class KeypointsPhase(Phase):
             posed(torch.from_numpy(canonical), torch.from_numpy(motions)), pixels.shape[1], self.model.keypoints
         )
         faces = zip(pixels, face_boxes.numpy(), strict=True)
-        crops = np.stack([degrade(displaced_face(face, box, shape.crop_px, rng), rng) for face, box in faces])
+        crops = np.stack([self._crop(face, box, rng) for face, box in faces])
         device = next(encoder.parameters()).device
         target = torch.from_numpy(motions[:, FIRST_EXPRESSION:]).to(device)
         read, helped = self._readings(encoder, shape, signed(crops).to(device))
@@ -98,6 +138,13 @@ class KeypointsPhase(Phase):
         errors = (read.detach() - target).abs().mean(0)
         metrics = {f"error_{name}": error for name, error in zip(EXPRESSION, errors, strict=True)}
         return torch.stack(losses).sum(), metrics
+
+    def _crop(self, picture: NDArray[np.uint8], box: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.uint8]:
+        """A face as the encoder shall be able to read it."""
+        crop_px = self.model.motion_encoder.crop_px
+        if rng.random() < self.config.mild_share:
+            return displaced_face(picture, box, crop_px, rng, MILD)
+        return degrade(displaced_face(picture, box, crop_px, rng), rng)
 
     def _readings(
         self, encoder: MotionEncoder, shape: MotionEncoderConfig, crops: Tensor
@@ -135,6 +182,22 @@ def disturbed(
         pictures.append(picture if is_mild else degrade(picture, rng))
         changed.append(moved_pose)
     return signed(np.stack(pictures)) / 2 + 0.5, np.stack(changed).astype(np.float32)
+
+
+def second_looks(images: Tensor, poses: Floats, side: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Squares (n, 3, side, side) around the heads of pictures (n, 3, h, h) in [0, 1] with poses (n, 6), half of them
+    mirrored, and what is to be read from them (n, 3)."""
+    off = rng.normal(0, 1, (len(poses), 4)).astype(np.float32) * np.array(SECOND_LOOK_OFF, np.float32)
+    scale, roll = poses[:, 5] * np.exp(off[:, 2]), poses[:, 2] + off[:, 3]
+    place = poses[:, 3:5] + off[:, :2] * poses[:, 5:]
+    middle, size, angle = (torch.from_numpy(part).to(images.device) for part in (place, scale, roll))
+    squares = upright(images * 2 - 1, middle, size, angle, side)
+    degrees = np.stack([poses[:, 0], poses[:, 1], -off[:, 3]], 1)
+    # Mirrored people turn the other way.
+    is_mirrored = rng.random(len(poses)) < 0.5
+    squares[is_mirrored] = squares[is_mirrored].flip(-1)
+    degrees[is_mirrored, 1:] *= -1
+    return squares, torch.from_numpy(degrees).to(images.device)
 
 
 def keypoint_loss(raw: RawPose, canonical: Tensor, pose: Tensor, present: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,9 +2,9 @@
 
 The drawn world knows where everything in its pictures is from (`training.places`), and what it knows is learned in a
 tenth of the steps that pictures alone would take: from these a network first learns to lay half of one guess over half
-of another. Depths are asked for of every picture, since each could be a portrait; expressions as the portrait itself
-would have them, its head where it is: beside the errors of a head that turns, those of an iris would not be seen.
-Pictures teach the rest.
+of another. Depths and light are asked for of every picture, since each could be a portrait; expressions as the
+portrait itself would have them, its head where it is: beside the errors of a head that turns, those of an iris would
+not be seen. Pictures teach the rest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from training.known import FIRST_EXPRESSION
 from training.motion import from_array
 from training.phases.animation import AnimationPhase
 from training.phases.phase import Draws, Update
-from training.places import BODY, HEAD, INSIDE, NECK, head_depths, sources
+from training.places import BODY, HEAD, INSIDE, NECK, head_shape, light_map, sources
 from training.recipes import MoverConfig
 from training.regions import box_mask, region_weights
 
@@ -51,6 +51,10 @@ DEPTHS_SQUARED_WITHIN = 1.0
 """Cells within which an error of depths counts by its square."""
 OUTLINE_WEIGHT = 3.0
 """Of the error of which cells are of the head, beside that of depths in cells."""
+FACING_WEIGHT = 3.0
+"""Of the error of where the surface faces, in lengths of its normal, beside that of depths in cells."""
+LIGHT_WEIGHT = 10.0
+"""Of the squared error of light, in logarithms of brightness, beside that of depths in cells."""
 LIT_WITHIN = 0.1
 """Errors of tint count by their square within this, in pictures of [0, 1]."""
 TINT_WEIGHT = 10.0
@@ -79,12 +83,14 @@ class MoverPhase(AnimationPhase):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             keypoints = self._keypoints(batch, flat, draw)
             tokens = self._tokens(batch, images, keypoints, draw)
-        depths, looked = self._look(images / 2 + 0.5, keypoints, tokens)
+        shapes, lights, looked = self._look(images / 2 + 0.5, keypoints, tokens)
         loss, metrics = torch.zeros((), device=self.device), dict[str, Tensor]()
         is_drawn = batch.people is not None and bool((batch.people >= 0).all())
         if is_drawn and self.config.depth_weight:
-            error, metrics = depth_loss(depths, keypoints, batch)
-            loss = loss + self.config.depth_weight * error
+            error, metrics = shape_loss(shapes, keypoints, batch)
+            darker = light_loss(lights, batch)
+            loss = loss + self.config.depth_weight * (error + LIGHT_WEIGHT * darker)
+            metrics["light"] = darker.detach()
         if is_drawn and self.config.expression_weight:
             error, errors = self._expression_loss(batch, keypoints, tokens, looked)
             loss, metrics = loss + self.config.expression_weight * error, metrics | errors
@@ -101,14 +107,18 @@ class MoverPhase(AnimationPhase):
             loss, metrics = loss + self.config.picture_weight * error, metrics | errors
         return Update(loss, metrics)
 
-    def _look(self, images: Tensor, keypoints: Tensor, tokens: Tensor) -> tuple[Tensor, list[Looked]]:
-        """Depths (b, 1 + f, 2, g, g) of all pictures (b, 1 + f, 3, s, s) in [0, 1], and what is found in portraits."""
+    def _look(self, images: Tensor, keypoints: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, list[Looked]]:
+        """Shapes (b, 1 + f, 4, g, g) and light (b, 1 + f, 3, m, m) of all pictures (b, 1 + f, 3, s, s) in [0, 1], and
+        what is found in portraits."""
         mover, points = self._mover(), bounded(keypoints)
-        flat = mover.depths(*(rearrange(part, "b f ... -> (b f) ...") for part in (images, points)))
-        depths = rearrange(flat, "(b f) ... -> b f ...", b=len(images))
+        pictures = [rearrange(part, "b f ... -> (b f) ...") for part in (images, points)]
+        flat = mover.depths(*pictures)
+        told = flat, mover.light(*pictures, flat.detach())
+        shapes, lights = (rearrange(part, "(b f) ... -> b f ...", b=len(images)) for part in told)
         portraits = zip(images[:, 0], points[:, 0], tokens[:, 0], strict=True)
         fields = [mover.expressions.fields(*parts) for parts in portraits]
-        return depths, [Looked(*parts) for parts in zip(depths[:, 0], fields, strict=True)]
+        parts = zip(shapes[:, 0], fields, lights[:, 0], strict=True)
+        return shapes, lights, [Looked(*part) for part in parts]
 
     def _say(self, pictures: Tensor, keypoints: Tensor, tokens: Tensor, looked: Looked) -> Said:
         """One sample's answers: pictures (1 + f, 3, s, s) in [-1, 1], the first being the portrait."""
@@ -153,25 +163,38 @@ class MoverPhase(AnimationPhase):
         return loss, metrics
 
 
-def depth_loss(said: Tensor, keypoints: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Errors of what `stages.networks.depths` says of all pictures, (b, 1 + f, 2, g, g), whose keypoints are
-    (b, 1 + f, K, 3): of depths (in cells), and of which cells are of the head."""
+def shape_loss(said: Tensor, keypoints: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Errors of what `stages.networks.depths` says of all pictures, (b, 1 + f, 4, g, g), whose keypoints are
+    (b, 1 + f, K, 3): of depths (in cells), of which cells are of the head, and of where they face."""
     assert batch.people is not None
     side = said.shape[-1]
     people = [sample_identity(int(number)) for number in batch.people]
     told = [
-        head_depths(person, from_array(row), side)
+        head_shape(person, from_array(row), side)
         for person, motions in zip(people, batch.motions, strict=True)
         for row in motions
     ]
-    depth, is_head = (torch.from_numpy(np.stack(part)).to(said.device) for part in zip(*told, strict=True))
-    ours, logits = rearrange(said, "b f c h w -> c (b f) h w")
+    depth, is_head, normals = (torch.from_numpy(np.stack(part)).to(said.device) for part in zip(*told, strict=True))
+    ours, logits, *aside = rearrange(said, "b f c h w -> c (b f) h w")
     middle = rearrange(bounded(keypoints).mean(2)[..., 2], "b f -> (b f) 1 1")
     off = (ours - (depth - middle)) * side / 2
     error = F.smooth_l1_loss(off, torch.zeros_like(off), beta=DEPTHS_SQUARED_WITHIN, reduction="none")
-    error = (error * is_head).sum() / is_head.sum().clamp(min=1)
+    num_cells = is_head.sum().clamp(min=1)
+    error = (error * is_head).sum() / num_cells
     outline = F.binary_cross_entropy_with_logits(logits, is_head.float())
-    return error + OUTLINE_WEIGHT * outline, {"depths": error.detach(), "outline": outline.detach()}
+    turned = ((torch.stack(aside, -1) - normals[..., :2]).square().sum(-1) * is_head).sum() / num_cells
+    metrics = {"depths": error, "outline": outline, "facing": turned}
+    loss = error + OUTLINE_WEIGHT * outline + FACING_WEIGHT * turned
+    return loss, {name: part.detach() for name, part in metrics.items()}
+
+
+def light_loss(said: Tensor, batch: Batch) -> Tensor:
+    """Mean squared error of what `stages.networks.light` says of all pictures, (b, 1 + f, 3, m, m)."""
+    assert batch.people is not None
+    told = [light_map(sample_identity(int(number)), said.shape[-1]) for number in batch.people]
+    true, within = (torch.from_numpy(np.stack(part)).to(said.device) for part in zip(*told, strict=True))
+    error = (said - rearrange(true, "b h w c -> b 1 c h w")).square().mean((1, 2))
+    return (error * within).sum() / within.sum()
 
 
 def expression_loss(seen: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -205,22 +228,23 @@ def place_loss(said: list[Said], batch: Batch, images: Tensor, weights: Tensor) 
     paint = torch.cat([one.paint for one in said])
     colours = F.adaptive_avg_pool2d(rearrange(images[:, 1:], "b f c h w -> (b f) c h w"), paint.shape[-1])
     paint_error = F.l1_loss(paint, colours)
-    tint = torch.cat([one.tint for one in said])
-    tint_error = tint_loss(tint, colours, images[:, 0], shift, weights * (shown_by == AT_HEAD))
+    tint, gain = (torch.cat([getattr(one, name) for one in said]) for name in ("tint", "gain"))
+    tint_error = tint_loss(tint, gain, colours, images[:, 0], shift, weights * (shown_by == AT_HEAD))
     metrics = {"head_cells": head_error, "beside_cells": beside_error, "shares": share_error, "paint": paint_error}
     metrics["tint"] = tint_error
     loss = head_error + beside_error + 0.3 * share_error + paint_error + TINT_WEIGHT * tint_error
     return loss, {name: error.detach() for name, error in metrics.items()}
 
 
-def tint_loss(tint: Tensor, colours: Tensor, portraits: Tensor, shift: Tensor, weights: Tensor) -> Tensor:
+def tint_loss(tint: Tensor, gain: Tensor, colours: Tensor, portraits: Tensor, shift: Tensor, weights: Tensor) -> Tensor:
     """Error of tint (b · f, 3, g, g), by weights (b · f, g, g): it shall be by how much the `colours` of cells
     (b · f, 3, g, g) differ from what portraits (b, 3, s, s), all in [0, 1], show at true places, away by `shift`
-    (b · f, g, g, 2). Where a part of the head hides another, that is not light; few cells are so."""
+    (b · f, g, g, 2), `gain` times as bright. Where a part of the head hides another, that is not light; few cells are
+    so."""
     side = tint.shape[-1]
     own = repeat(F.adaptive_avg_pool2d(portraits, side), "b c h w -> (b f) c h w", f=len(tint) // len(portraits))
     unlit = F.grid_sample(own, cells(side, tint) + shift, padding_mode="border", align_corners=False)
-    error = F.smooth_l1_loss(tint, colours - unlit, beta=LIT_WITHIN, reduction="none").mean(1)
+    error = F.smooth_l1_loss(tint + gain * unlit, colours, beta=LIT_WITHIN, reduction="none").mean(1)
     return (error * weights).sum() / weights.sum().clamp(min=1)
 
 

@@ -5,17 +5,31 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from stages.config import ModelConfig
+from stages.errors import BadConfig
 from stages.keypoints import box_is_usable, boxes, posed_keypoints
 from stages.messages import Pose
 from stages.networks.keypoint_extractor import RawPose
 from stages.networks.motion_encoder import MotionEncoder
+from stages.networks.upright import REACH
 from training.clips import Batch
+from training.identity import sample_identity
 from training.known import read_expression
-from training.phases.keypoints import NOWHERE, disturbed, heat_loss, keypoint_loss, prime_bottleneck
+from training.motion import Motion, to_array
+from training.phases import keypoints
+from training.phases.keypoints import (
+    NOWHERE,
+    disturbed,
+    heat_loss,
+    keypoint_loss,
+    prime_bottleneck,
+    second_looks,
+)
 from training.phases.phase import draws
+from training.world import render
 
 
 def test_a_few_steps_reduce_the_loss(build, learn, batch: Batch):
@@ -24,11 +38,61 @@ def test_a_few_steps_reduce_the_loss(build, learn, batch: Batch):
 
 
 def test_the_extractor_can_be_trained_alone(build, batch: Batch):
-    phase = build("keypoints", motion_weight=0.0)
+    phase = build("keypoints", motion_weight=0.0, turn_weight=0.0)
     names = {name for name, parameter in phase.named_parameters() if parameter.requires_grad}
-    assert names and all(name.startswith("networks.keypoint_extractor.") for name in names)
+    first_look = "networks.keypoint_extractor."
+    assert names and all(name.startswith(first_look) and ".upright." not in name for name in names)
     metrics = phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics
     assert set(metrics) == {"error_pitch", "error_yaw", "error_roll"}
+
+
+def test_the_second_look_can_be_trained_alone(build, learn, batch: Batch):
+    phase = build("keypoints", motion_weight=0.0, pose_weight=0.0)
+    names = {name for name, parameter in phase.named_parameters() if parameter.requires_grad}
+    assert names and all(name.startswith("networks.keypoint_extractor.upright.") for name in names)
+    assert set(phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics) == {"turn_pitch", "turn_yaw", "turn_roll"}
+    losses = learn(phase, batch, 40)
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+
+
+def test_the_motion_encoder_can_be_trained_alone_and_something_has_to_be(build, learn, batch: Batch):
+    phase = build("keypoints", pose_weight=0.0, turn_weight=0.0)
+    extractor = phase.networks["keypoint_extractor"]
+    assert not any(parameter.requires_grad for parameter in extractor.parameters())
+    assert "error_gaze_y" in phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics
+    losses = learn(phase, batch, 15)
+    assert losses[-1] < 0.95 * losses[0]
+    with pytest.raises(BadConfig, match="nothing is learned"):
+        build("keypoints", pose_weight=0.0, turn_weight=0.0, motion_weight=0.0)
+
+
+def test_squares_show_what_is_to_be_read_from_them_mirrored_or_not(monkeypatch):
+    monkeypatch.setattr(keypoints, "SECOND_LOOK_OFF", (0.0, 0.0, 0.0, 8.0))
+    person, motion = sample_identity(5), Motion(pitch=8, yaw=-22, roll=6, x=0.1, y=-0.05, scale=0.55)
+    image = torch.from_numpy(render(person, motion, 128)).permute(2, 0, 1)[None].float() / 255
+    poses = np.repeat(to_array(motion)[None, :6], 12, 0)
+    squares, degrees = second_looks(image.expand(12, -1, -1, -1), poses, 96, np.random.default_rng(0))
+    assert degrees.dtype == torch.float32 and (degrees[:, 1] > 0).any() and (degrees[:, 1] < 0).any()
+
+    def off(square: torch.Tensor, pitch: float, yaw: float, roll: float, is_mirrored: bool) -> float:
+        shown = Motion(pitch=pitch, yaw=yaw, roll=roll, scale=1 / REACH)
+        drawn = torch.from_numpy(render(person, shown, 96)).permute(2, 0, 1).float() / 127.5 - 1
+        head = torch.hypot(*torch.meshgrid(*[torch.linspace(-1, 1, 96)] * 2, indexing="ij")) < 0.7
+        return float(((drawn.flip(-1) if is_mirrored else drawn) - square).abs()[:, head].mean())
+
+    for square, (pitch, yaw, roll) in zip(squares, degrees.tolist(), strict=True):
+        is_mirrored = yaw > 0
+        sign = -1 if is_mirrored else 1
+        right = off(square, pitch, sign * yaw, sign * roll, is_mirrored)
+        wrong = off(square, pitch, sign * yaw, sign * roll + 2 * np.copysign(4, roll), is_mirrored)
+        assert right < 0.12 and (abs(roll) < 2 or right < wrong)
+
+
+def test_a_frozen_look_keeps_its_norms_statistics(build, batch: Batch):
+    for phase in (build("keypoints", turn_weight=0.0), build("mover", poses="extractor", expressions="encoder")):
+        kept = {name: part.clone() for name, part in phase.named_buffers() if ".upright." in name}
+        phase.train()(batch, draws(0, 0, 0, 0), 0, 0, None)
+        assert kept and all(torch.equal(part, kept[name]) for name, part in phase.named_buffers() if name in kept)
 
 
 def test_a_primed_encoder_reads_its_single_channel_stretch_by_stretch(config: ModelConfig):

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch.nn import functional as F
 
 from stages.errors import BadConfig
@@ -25,15 +25,16 @@ from training.phases.mover import (
     PAINTED,
     UNKNOWN,
     cells_off,
-    depth_loss,
     expression_loss,
+    light_loss,
     place_loss,
+    shape_loss,
     tint_loss,
     true_expressions,
     true_places,
 )
 from training.phases.phase import draws
-from training.places import HEAD, INSIDE, head_depths
+from training.places import HEAD, INSIDE, head_shape, light_map
 from training.recipes import changed, smoke
 
 
@@ -101,7 +102,7 @@ def perfect(batch: Batch) -> list[Said]:
         shifts, _, shown_by = (torch.from_numpy(part) for part in true_places(batch, index, 16))
         shares = rearrange(50.0 * F.one_hot(shown_by.clamp(min=0), 3), "f h w c -> f c h w")
         colours = torch.zeros(5, 3, 16, 16)
-        said.append(Said(shifts, shifts, colours, shares, colours))
+        said.append(Said(shifts, shifts, colours, shares, colours, torch.ones(5, 3, 16, 16)))
     return said
 
 
@@ -145,7 +146,11 @@ def test_without_a_picture_loss_pictures_are_not_composed(build, batch: Batch):
 
 @pytest.mark.parametrize(
     ("part", "other", "metrics"),
-    [("expressions", "depth", {"expressions", "opened"}), ("depths", "expression", {"depths", "outline"})],
+    [
+        ("expressions", "depth", {"expressions", "opened"}),
+        ("depths", "expression", {"depths", "outline", "facing", "light"}),
+        ("light", "expression", {"depths", "outline", "facing", "light"}),
+    ],
 )
 def test_what_is_seen_in_portraits_can_be_learned_alone(build, learn, batch: Batch, part, other, metrics):
     off = {f"{name}_weight": 0.0 for name in (other, "place", "picture")}
@@ -157,19 +162,30 @@ def test_what_is_seen_in_portraits_can_be_learned_alone(build, learn, batch: Bat
     assert set(phase(batch, draws(0, 0, 0, 0), 0, 0, None).metrics) == metrics
 
 
-def test_perfect_depths_cost_nothing_wherever_the_keypoints_middle_is(batch: Batch):
+def test_perfect_shapes_cost_nothing_wherever_the_keypoints_middle_is(batch: Batch):
     assert batch.people is not None
     told = [
-        head_depths(sample_identity(int(number)), from_array(row), 16)
+        head_shape(sample_identity(int(number)), from_array(row), 16)
         for number, motions in zip(batch.people, batch.motions, strict=True)
         for row in motions
     ]
-    depth, is_head = (torch.from_numpy(np.stack(part)) for part in zip(*told, strict=True))
-    said = rearrange([depth - 0.3, torch.where(is_head, 60.0, -60.0)], "c (b f) h w -> b f c h w", b=2)
+    depth, is_head, normals = (torch.from_numpy(np.stack(part)) for part in zip(*told, strict=True))
+    parts = [depth - 0.3, torch.where(is_head, 60.0, -60.0), normals[..., 0], normals[..., 1]]
+    said = rearrange(parts, "c (b f) h w -> b f c h w", b=2)
     there = torch.tensor([0.0, 0.0, 0.3]).expand(2, 6, 9, 3)
-    assert float(depth_loss(said, there, batch)[0]) < 1e-6
-    error, metrics = depth_loss(said, torch.zeros_like(there), batch)
+    assert float(shape_loss(said, there, batch)[0]) < 1e-6
+    error, metrics = shape_loss(said, torch.zeros_like(there), batch)
     assert float(error) == pytest.approx(float(metrics["depths"])) and 1 < error < 0.3 * 16 / 2
+    said[:, :, 2] += 0.5
+    assert float(shape_loss(said, there, batch)[1]["facing"]) == pytest.approx(0.25)
+
+
+def test_the_true_light_costs_nothing_and_that_of_others_does(batch: Batch):
+    assert batch.people is not None
+    true = np.stack([light_map(sample_identity(int(number)), 16)[0] for number in batch.people])
+    said = repeat(torch.from_numpy(true), "b h w c -> b f c h w", f=6)
+    assert float(light_loss(said, batch)) < 1e-9
+    assert float(light_loss(said.flip(0), batch)) > 1e-3
 
 
 def test_tint_is_what_true_places_do_not_explain():
@@ -181,9 +197,13 @@ def test_tint_is_what_true_places_do_not_explain():
     colours = portraits.repeat_interleave(2, 0).roll(-2, dims=3) + lit
     weights = torch.zeros(4, 8, 8)
     weights[:, 2:5, 1:5] = 1.0
-    assert float(tint_loss(lit, colours, portraits, shift, weights)) < 1e-6
-    assert float(tint_loss(lit - 0.2, colours, portraits, shift, weights)) == pytest.approx(0.2 - LIT_WITHIN / 2)
-    assert float(tint_loss(lit - 0.2, colours, portraits, shift, 0 * weights)) == 0
+    still, brighter = torch.ones(4, 3, 8, 8), torch.full((4, 3, 8, 8), 1.5)
+    assert float(tint_loss(lit, still, colours, portraits, shift, weights)) < 1e-6
+    off = tint_loss(lit - 0.2, still, colours, portraits, shift, weights)
+    assert float(off) == pytest.approx(0.2 - LIT_WITHIN / 2)
+    assert float(tint_loss(lit - 0.2, still, colours, portraits, shift, 0 * weights)) == 0
+    explained = 1.5 * (colours - lit) + lit
+    assert float(tint_loss(lit, brighter, explained, portraits, shift, weights)) < 1e-6
 
 
 def test_wrong_tint_is_an_error_of_places(batch: Batch):
@@ -210,7 +230,7 @@ def test_the_portrait_at_its_own_motion_is_nearly_right_from_the_start(build, ba
 
 
 def test_a_model_without_one_is_refused():
-    widths = ("mover_channels", "expression_channels", "depth_channels")
+    widths = ("mover_channels", "expression_channels", "depth_channels", "light_channels")
     recipe = changed(smoke(), {f"model.pose_guider.{name}": [] for name in widths})
     networks = load_networks(networks_of("mover"), recipe.model, None, 0, True)
     with pytest.raises(BadConfig, match="leave it out"):

@@ -1,0 +1,87 @@
+"""Upright: a head's angles from a square that is laid around it, turned upright and brought to one size.
+
+Part of `KeypointExtractor`, for extractors that have it. In whole pictures heads are anywhere, of any size and roll,
+and much of a network is needed to tell that from how they are turned. Where the extractor has found the head, a small
+one sees everybody's at the same place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.config import KeypointConfig
+
+REACH = 1.25
+"""Half of the square's side in head units, the scale of the keypoints: all of a head, and its chin when it speaks."""
+UNITS = (10.0, 15.0, 2.0)
+"""Degrees of pitch, yaw and roll that the network's numbers mean."""
+MOMENTUM = 0.01
+"""Of the norms' statistics: what is handed on has been averaged over some hundred steps, as weights are."""
+MIN_SCALE = 1e-3
+"""Heads are not taken for smaller than this."""
+MAX_PLACE = 100.0
+"""Nor for farther away than this, in half picture sides."""
+
+
+class Block(nn.Module):
+    """Two normalised convolutions beside a shortcut, (n, c, h, w) to the same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = _conv(channels, channels, 1)
+        self.second = _conv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+class Upright(nn.Module):
+    """Squares (n, 3, side, side) in [-1, 1] to degrees (n, 3): pitch, yaw, and how far roll is off that by which the
+    square was turned."""
+
+    def __init__(self, config: KeypointConfig):
+        super().__init__()
+        channels, width = config.upright_channels, config.upright_px // 2 ** len(config.upright_channels)
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(zip((3, *channels), channels, strict=False)):
+            layers += [_conv(before, after, 2), nn.ReLU(), *([Block(after)] if index else [])]
+        self.layers = nn.Sequential(*layers)
+        self.squeeze = nn.Conv2d(channels[-1], 32, 1)
+        self.hidden = nn.Linear(32 * width**2, 160)
+        self.out = nn.Linear(160, 3)
+
+    def trunk(self) -> list[nn.Module]:
+        """What may run in bfloat16."""
+        return [self.layers, self.squeeze]
+
+    def forward(self, squares: Tensor) -> Tensor:
+        x = F.relu(self.squeeze(self.layers(squares.to(self.squeeze.weight.dtype))))
+        # Also where networks train in mixed precision.
+        with torch.autocast(x.device.type, enabled=False):
+            said = self.out(F.relu(self.hidden(x.float().flatten(1))))
+            return said * torch.tensor(UNITS, device=said.device)
+
+
+def upright(images: Tensor, translation: Tensor, scale: Tensor, roll: Tensor, side: int) -> Tensor:
+    """(n, 3, side, side) squares of pictures (n, 3, h, h) around heads at `translation` (n, 2), [-1, 1] across, of
+    `scale` (n,) and `roll` (n,) degrees."""
+    # In fp32 also where networks train in mixed precision: bfloat16 is off by a part of a pixel.
+    with torch.autocast(images.device.type, enabled=False):
+        half = REACH * scale.float().nan_to_num().clamp(min=MIN_SCALE)
+        angle = roll.float().nan_to_num() / 180 * math.pi
+        across, down = half * angle.cos(), half * angle.sin()
+        middle = translation.float().nan_to_num().clamp(-MAX_PLACE, MAX_PLACE)
+        linear = rearrange([across, -down, down, across], "(i j) n -> n i j", i=2)
+        places = torch.cat([linear, middle[..., None]], 2)
+        grid = F.affine_grid(places, [len(images), 3, side, side], align_corners=False)
+        return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+
+
+def _conv(before: int, after: int, stride: int) -> nn.Sequential:
+    norm = nn.BatchNorm2d(after, momentum=MOMENTUM)
+    return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), norm)
