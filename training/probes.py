@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from stages.errors import BadWeights
 from stages.messages import Floats, Pixels
+from stages.networks.normed import NormedBlock, normed
 from stages.weights import load_tensors
 from training.draw import draw_data
 from training.layout import BadData, read_manifest, read_truth, video_path
@@ -50,25 +51,11 @@ CROP_PX = 112
 EMBEDDING_DIM = 64
 CHANNELS = (16, 32, 64, 128)
 PEAK_RATE = 2e-3
+MOMENTUM = 0.1
+"""Of the norms' statistics."""
 IDENTITY_WEIGHT = 0.1
 MARGIN = 1.25
 """Training keeps crops wider than the probes see by this factor, to shift and zoom inside them."""
-
-
-class Residual(nn.Module):
-    """Two convolutions beside a shortcut, (n, c, h, w) to the same."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.first = _conv(channels, channels, 1)
-        self.second = _conv(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.second(F.relu(self.first(x))))
-
-
-def _conv(before: int, after: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after))
 
 
 class Trunk(nn.Module):
@@ -76,8 +63,8 @@ class Trunk(nn.Module):
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS):
         super().__init__()
-        self.downs = nn.ModuleList(_conv(a, b, 2) for a, b in zip((3, *channels), channels, strict=False))
-        self.blocks = nn.ModuleList([nn.Identity(), *(Residual(c) for c in channels[1:])])
+        self.downs = nn.ModuleList(normed(a, b, 2, MOMENTUM) for a, b in zip((3, *channels), channels, strict=False))
+        self.blocks = nn.ModuleList([nn.Identity(), *(NormedBlock(c, MOMENTUM) for c in channels[1:])])
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         x, found = pictures, []

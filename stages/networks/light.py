@@ -45,7 +45,7 @@ class Light(nn.Module):
 
     def forward(self, portraits: Tensor, keypoints: Tensor, shapes: Tensor) -> Tensor:
         dtype = self.conv_in.weight.dtype
-        seen = torch.cat([portraits.float() * 2 - 1, _as_wide(shapes, portraits)], 1)
+        seen = torch.cat([portraits.float() * 2 - 1, _shown(shapes, portraits)], 1)
         squares = [square(points) for points in keypoints]
         grid = torch.stack([centre + half * cells(SQUARE_PX, portraits) for centre, half in squares])
         inside = F.grid_sample(seen, grid, padding_mode="border", align_corners=False)
@@ -71,7 +71,7 @@ def _brightness(light: Tensor, normals: Tensor) -> Tensor:
     return rearrange(found, "1 c (n h) w -> n c h w", n=len(normals))
 
 
-def _as_wide(shapes: Tensor, portraits: Tensor) -> Tensor:
+def _shown(shapes: Tensor, portraits: Tensor) -> Tensor:
     """(n, 3, s, s): whether there is a head, and x and y of where it faces."""
     told = torch.cat([shapes[:, 1:2].sigmoid(), shapes[:, 2:]], 1)
     return F.interpolate(told.float(), portraits.shape[-2:], mode="nearest")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.config import KeypointConfig
+from stages.networks.normed import NormedBlock, normed
 
 REACH = 1.25
 """Half of the square's side in head units, the scale of the keypoints: all of a head, and its chin when it speaks."""
@@ -28,18 +29,6 @@ MAX_PLACE = 100.0
 """Nor for farther away than this, in half picture sides."""
 
 
-class Block(nn.Module):
-    """Two normalised convolutions beside a shortcut, (n, c, h, w) to the same."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.first = _conv(channels, channels, 1)
-        self.second = _conv(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.second(F.relu(self.first(x))))
-
-
 class Upright(nn.Module):
     """Squares (n, 3, side, side) in [-1, 1] to degrees (n, 3): pitch, yaw, and how far roll is off that by which the
     square was turned."""
@@ -49,7 +38,11 @@ class Upright(nn.Module):
         channels, width = config.upright_channels, config.upright_px // 2 ** len(config.upright_channels)
         layers: list[nn.Module] = []
         for index, (before, after) in enumerate(zip((3, *channels), channels, strict=False)):
-            layers += [_conv(before, after, 2), nn.ReLU(), *([Block(after)] if index else [])]
+            layers += [
+                normed(before, after, 2, MOMENTUM),
+                nn.ReLU(),
+                *([NormedBlock(after, MOMENTUM)] if index else []),
+            ]
         self.layers = nn.Sequential(*layers)
         self.squeeze = nn.Conv2d(channels[-1], 32, 1)
         self.hidden = nn.Linear(32 * width**2, 160)
@@ -80,8 +73,3 @@ def upright(images: Tensor, translation: Tensor, scale: Tensor, roll: Tensor, si
         places = torch.cat([linear, middle[..., None]], 2)
         grid = F.affine_grid(places, [len(images), 3, side, side], align_corners=False)
         return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-
-
-def _conv(before: int, after: int, stride: int) -> nn.Sequential:
-    norm = nn.BatchNorm2d(after, momentum=MOMENTUM)
-    return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), norm)

@@ -88,9 +88,9 @@ class MoverPhase(AnimationPhase):
         is_drawn = batch.people is not None and bool((batch.people >= 0).all())
         if is_drawn and self.config.depth_weight:
             error, metrics = shape_loss(shapes, keypoints, batch)
-            darker = light_loss(lights, batch)
-            loss = loss + self.config.depth_weight * (error + LIGHT_WEIGHT * darker)
-            metrics["light"] = darker.detach()
+            unlike = light_loss(lights, batch)
+            loss = loss + self.config.depth_weight * (error + LIGHT_WEIGHT * unlike)
+            metrics["light"] = unlike.detach()
         if is_drawn and self.config.expression_weight:
             error, errors = self._expression_loss(batch, keypoints, tokens, looked)
             loss, metrics = loss + self.config.expression_weight * error, metrics | errors
