@@ -30,9 +30,11 @@ MAY_BE_ZERO = {
     "pose_guider.head.margin",
     "keypoints.gathered_cells",
     "keypoints.fine_channels",
+    "keypoints.upright_depths",
 }
 MAY_BE_EMPTY = {
     "keypoints.upright_channels",
+    "keypoints.upright_depths",
     *(f"pose_guider.{part}_channels" for part in ("mover", "expression", "depth", "light")),
 }
 MAY_BE_NEGATIVE = {"pose_guider.head.centre"}
@@ -99,6 +101,8 @@ class KeypointConfig:
     upright_channels: tuple[int, ...] = ()
     """Empty: none; otherwise the widths of a part that looks again at the head that was found, turned upright, for its
     angles (`stages.networks.upright`)."""
+    upright_depths: tuple[int, ...] = ()
+    """Its residual blocks at each width."""
     upright_px: int = 128
     """Side of the square in which it looks."""
     drawn: tuple[int, ...] = (1, 2, 3, 4, 12, 15, 20)
@@ -336,6 +340,10 @@ def check_config(config: ModelConfig) -> None:
         ),
         (max(points.drawn) >= points.num_keypoints, "keypoints.drawn names more than num_keypoints"),
         (len(points.dims) != len(points.depths), "keypoints.dims and keypoints.depths differ in length"),
+        (
+            len(points.upright_channels) != len(points.upright_depths),
+            "keypoints.upright_channels and keypoints.upright_depths differ in length",
+        ),
         (
             points.upright_px % 2 ** len(points.upright_channels),
             f"keypoints.upright_px {points.upright_px} must be a multiple of 2^(number of keypoints.upright_channels)",

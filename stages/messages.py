@@ -55,6 +55,8 @@ class MotionState:
     """(fields, told, g, g) what expressions can do to this portrait (`stages.networks.expressions`); likewise."""
     light: NDArray[np.float16] | None = None
     """(3, m, m) the portrait's light (`stages.networks.light`); likewise."""
+    apart: NDArray[np.float16] | None = None
+    """(2, 3, s, s) the portrait's head, and the portrait without it (`stages.apart`); likewise."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ box holds the last motion.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -101,11 +101,12 @@ class MotionStage:
         parts = (picture, own, chunk.keypoints, state.portrait_tokens, chunk.tokens)
         portrait, start, end, own_tokens, tokens = (torch.from_numpy(part).to(device) for part in parts)
         drawn = draw(end, self.config.size_px, self.config.keypoints)
-        if state.depths is None or state.fields is None or state.light is None:
+        kept = {part.name: getattr(state, part.name) for part in fields(Looked)}
+        if any(part is None for part in kept.values()):
             found = mover.look(portrait, start, own_tokens).half()
-            depths, fields, light = (part.cpu().numpy() for part in (found.depths, found.fields, found.light))
-            state = replace(state, depths=depths, fields=fields, light=light)
-        looked = Looked(*(torch.from_numpy(part).to(device) for part in (state.depths, state.fields, state.light)))
+            kept = {name: getattr(found, name).cpu().numpy() for name in kept}
+            state = replace(state, **kept)
+        looked = Looked(**{name: torch.from_numpy(part).to(device) for name, part in kept.items()})
         moved = mover(drawn, portrait, start, end, own_tokens, tokens, looked)
         return replace(state, own_keypoints=own), replace(chunk, moved=moved.half().cpu().numpy())
 

@@ -27,10 +27,11 @@ MIDDLING, DARKEST = 0.5, 0.02
 Map = NDArray[Any]
 
 
-def sources(identity: Identity, portrait: Motion, motion: Motion, side: int) -> tuple[Map, Map]:
-    """How far from each cell of the picture with `motion` lies the place in the portrait that it shows, (g, g, 2), and
-    what it shows, (g, g) of the constants above. Places of the head are those of its surface, also where it has turned
-    them out of the portrait's sight."""
+def sources(identity: Identity, portrait: Motion, motion: Motion, side: int) -> tuple[Map, Map, Map]:
+    """How far from each cell of the picture with `motion` lies the place in the portrait that it shows, (g, g, 2); what
+    it shows, (g, g) of the constants above; and of the head how deep that place lies there, (g, g) as in `head_shape`.
+    Places of the head are those of its surface, also where it has turned them out of the portrait's sight: it shows
+    something less deep there."""
     scene = make_scene(identity, motion, side)
     kinds, local, _ = _seen(scene, portrait)
     line = (np.arange(side, dtype=np.float32) + 0.5) * 2 / side - 1
@@ -39,7 +40,7 @@ def sources(identity: Identity, portrait: Motion, motion: Motion, side: int) -> 
     head = (local @ turn.T)[..., :2] * portrait.scale + np.array((portrait.x, portrait.y), np.float32) - cells
     body = _foot(portrait, make_scene(identity, portrait, 1)) - _foot(motion, scene)
     shift = np.where((kinds == HEAD)[..., None], head, 0) + np.where((kinds == BODY)[..., None], body, 0)
-    return shift.astype(np.float32), kinds
+    return shift.astype(np.float32), kinds, (local @ turn[2]) * np.float32(portrait.scale)
 
 
 def head_shape(identity: Identity, motion: Motion, side: int) -> tuple[Map, Map, Map]:

@@ -287,6 +287,7 @@ def tiny_model() -> ModelConfig:
             gathered_cells=4,
             fine_channels=32,
             upright_channels=(16, 32, 64, 96),
+            upright_depths=(0, 2, 2, 2),
         ),
         # The canvas shows the moved portrait: what is left to draw is what a small model can learn in an hour.
         pose_guider=PoseGuiderConfig(
@@ -363,7 +364,7 @@ def tiny() -> Recipe:
         ),
         mover=MoverConfig(
             num_steps=8000, batch_size=2, sampling=poses, optimiser=_quick(1.4e-3, 0.995), checkpoint_every=200,
-            picture_weight=2.0, absolute_weight=0.3, perceptual_weight=1.0, face_weight=6.0,
+            picture_weight=2.0, absolute_weight=0.3, perceptual_weight=1.0, face_weight=4.0,
             parts_weight=6.0,
             **{name: given[name] for name in ("poses", "expressions", "pose_noise", "portrait_noise", "augment",
             "drop_reference")},
@@ -425,6 +426,7 @@ def smoke_model() -> ModelConfig:
             radius_px=2,
             fine_channels=4,
             upright_channels=(4, 6),
+            upright_depths=(0, 1),
             upright_px=32,
         ),
         pose_guider=PoseGuiderConfig(

@@ -1,10 +1,10 @@
 """Mover: the portrait as a frame's keypoints and motion tokens move it, by places that a small network says.
 
 Called by the motion stage, by `stages.canvas` and by phase `mover`. A portrait is looked at once, for the depths of its
-head, for its light and for what expressions do to it. With its depths it turns (`stages.surface`; what it hides turns
-as an ellipsoid, `stages.moved`): the first guess. This network looks at the guess and says how the places in it are
-wrong, what lies beside the head, and where neither helps it paints. Places are looked up, not drawn: so a small
-network moves sharp details.
+head, for its light, for what expressions do to it, and for its head and the rest apart (`stages.apart`). With its
+depths it turns (`stages.surface`; what it hides turns as an ellipsoid, `stages.moved`): the first guess. This network
+looks at the guess and says how the places in it are wrong, what lies beside the head, and where neither helps it
+paints. Places are looked up, not drawn: so a small network moves sharp details.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.apart import taken_apart
 from stages.config import HeadConfig, ModelConfig
 from stages.moved import bounded, cells, grown, looked_up, looked_up_at, shifts
 from stages.networks.depths import Depths
@@ -25,9 +26,9 @@ from stages.networks.light import MAX_BRIGHTENING, Light, brightened
 from stages.networks.vae import fold, unfold
 from stages.surface import Turned, turned
 
-SPLIT = (2, 2, 3, 3, 3, 1)
+SPLIT = (2, 2, 3, 3, 3, 1, 1)
 """Channels that the network says per place: shifts of the head, of what is beside it, paint, how much of each, tint,
-and how much more of what light does."""
+how much more of what light does, and whether what is beside the head is the body."""
 NUM_SAID = sum(SPLIT)
 NUM_GUESSED = 12
 """Channels of the guess beside pictures: shift, whether the portrait shows it, directions before and after,
@@ -36,6 +37,7 @@ FINER = 2
 """Cells that the network speaks of, along one cell of its guess: an iris moves by less than the latter."""
 FIRST_SHARES = (4.0, 0.0, -3.0)
 """Logits of head, beside it and paint before anything is learned."""
+BODY_WIDTH = 64
 MAX_MORE = 10.0
 """Light does no more than this many times more than it is thought to, nor the opposite."""
 MAX_SHIFT = 1.0
@@ -52,10 +54,12 @@ class Looked:
     """(fields, told, g, g) as `stages.networks.expressions` gives them."""
     light: Tensor
     """(3, m, m) as `stages.networks.light` gives it."""
+    apart: Tensor
+    """(2, 3, s, s) the portrait's head, and the portrait without it, as `stages.apart` gives them."""
 
     def half(self) -> Looked:
         """As it is kept between chunks."""
-        return Looked(self.depths.half(), self.fields.half(), self.light.half())
+        return Looked(self.depths.half(), self.fields.half(), self.light.half(), self.apart.half())
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Said:
     """(n, 3, g, g) what is added to them or taken, where light does more than `gain` says."""
     gain: Tensor
     """(n, 3, g, g) how many times as bright the head is here, since it faces another way than in the portrait."""
+    is_body: Tensor
+    """(n, 1, g, g) logits of moving as the body does, for what is beside the head."""
 
 
 class Mover(nn.Module):
@@ -90,14 +96,15 @@ class Mover(nn.Module):
         self.known = nn.Sequential(
             nn.Linear(num_tokens + 6 * num_keypoints, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
-        self.conv_in = nn.Conv2d(9 * patch**2 + NUM_GUESSED, fine, 3, stride=2, padding=1)
+        self.body_in, self.body_out = nn.Linear(6 * num_keypoints, BODY_WIDTH), nn.Linear(BODY_WIDTH, 2)
+        self.conv_in = nn.Conv2d(12 * patch**2 + NUM_GUESSED, fine, 3, stride=2, padding=1)
         self.down = ResnetBlock(fine, fine, width, num_groups)
         self.halve = nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
         self.middle = nn.ModuleList([ResnetBlock(coarse, coarse, width, num_groups) for _ in range(2)])
         self.up = ResnetBlock(coarse + fine, fine, width, num_groups)
         self.norm_out = nn.GroupNorm(num_groups, fine)
         self.conv_out = nn.Conv2d(fine, (2 * FINER) ** 2 * NUM_SAID, 3, padding=1)
-        for parameter in self.conv_out.parameters():
+        for parameter in (*self.conv_out.parameters(), *self.body_out.parameters()):
             nn.init.zeros_(parameter)
         self.depths = Depths(config)
         self.expressions = Expressions(config)
@@ -108,7 +115,8 @@ class Mover(nn.Module):
         portrait, start = portrait.float(), bounded(start)
         depths = self.depths(portrait[None], start[None])
         light = self.light(portrait[None], start[None], depths)[0]
-        return Looked(depths[0], self.expressions.fields(portrait, start, own_tokens), light)
+        fields = self.expressions.fields(portrait, start, own_tokens)
+        return Looked(depths[0], fields, light, taken_apart(portrait, depths[0, 1]))
 
     def forward(
         self,
@@ -122,7 +130,8 @@ class Mover(nn.Module):
     ) -> Tensor:
         """drawn (n, 3, s, s) keypoints in [0, 1]; the portrait's keypoints (K, 3) and tokens (T, D), and the frames'
         (n, K, 3) and (n, T, D); what `look` found. Places are calculated in fp32 whatever the weights are."""
-        return composed(portrait.float(), self.say(drawn, portrait, start, end, own_tokens, tokens, looked))
+        said = self.say(drawn, portrait, start, end, own_tokens, tokens, looked)
+        return composed(looked.apart.float(), said)
 
     def say(
         self,
@@ -141,14 +150,26 @@ class Mover(nn.Module):
         )
         brightening = brightened(looked.light, found.normals)
         guessed = looked_up(portrait, guess) * grown(brightening.exp(), portrait.shape[-1])
-        shown = torch.cat([drawn.float(), guessed, portrait.expand_as(guessed)], 1)
+        still = (part.expand_as(guessed) for part in (portrait, looked.apart[1].float()))
+        shown = torch.cat([drawn.float(), guessed, *still], 1)
         own, flat = own_tokens.float().expand_as(tokens).flatten(1), tokens.float().flatten(1)
         given = torch.cat([own, flat, start.expand_as(end).flatten(1), end.flatten(1)], 1)
         told = self.expressions.told(looked.fields, own_tokens, tokens)
         guessed_at = torch.cat(
             [rearrange(guess, "n h w c -> n c h w"), found.seen[:, None], found.normals, brightening], 1
         )
-        return meant(guess, brightening, self._said(shown, guessed_at, given), told, start)
+        said = self._said(shown, guessed_at, given)
+        return meant(guess, brightening, said, told, start, self.body_shift(start, end))
+
+    def body_shift(self, start: Tensor, end: Tensor) -> Tensor:
+        """(n, 2) how far away lies the place in the portrait that any cell of the body shows, from the portrait's
+        keypoints (K, 3) and the frames' (n, K, 3)."""
+        # In fp32 also where networks train in mixed precision: bfloat16 is off by a part of a pixel.
+        with torch.autocast(end.device.type, enabled=False):
+            own = start.expand_as(end)
+            x = torch.cat([own, end - own], 1).flatten(1)
+            x = F.silu(F.linear(x, self.body_in.weight.float(), self.body_in.bias.float()))
+            return MAX_SHIFT * torch.tanh(F.linear(x, self.body_out.weight.float(), self.body_out.bias.float()))
 
     def _said(self, shown: Tensor, guessed_at: Tensor, given: Tensor) -> Tensor:
         """(n, NUM_SAID, g, g) in fp32, g being `FINER` times the grid of `guessed_at` (n, NUM_GUESSED, h, h)."""
@@ -173,10 +194,11 @@ def first_guess(depths: Tensor, start: Tensor, end: Tensor, side: int, head: Hea
     return torch.where(found.seen[..., None] > 0, found.shift, shifts(start, end, side, head)), found
 
 
-def meant(guess: Tensor, brightening: Tensor, said: Tensor, told: Tensor, start: Tensor) -> Said:
+def meant(guess: Tensor, brightening: Tensor, said: Tensor, told: Tensor, start: Tensor, body_shift: Tensor) -> Said:
     """What the network's channels (n, NUM_SAID, g, g) mean, given the first guess (n, h, h, 2), what light does to it
-    (n, 3, h, h), and what `Expressions.told` says of the portrait, whose keypoints are `start`."""
-    head, beside, paint, shares, tint, more = said.split(SPLIT, dim=1)
+    (n, 3, h, h), what `Expressions.told` says of the portrait, whose keypoints are `start`, and how the body moves
+    (n, 2)."""
+    head, beside, paint, shares, tint, more, is_body = said.split(SPLIT, dim=1)
     first = torch.tensor(FIRST_SHARES, device=said.device)[:, None, None]
     fine = rearrange(grown(rearrange(guess, "n h w c -> n c h w"), said.shape[-1]), "n c h w -> n h w c")
     at_head = fine + _shift(head)
@@ -186,24 +208,30 @@ def meant(guess: Tensor, brightening: Tensor, said: Tensor, told: Tensor, start:
     paint = (paint + colours).sigmoid()
     more = more.clamp(-MAX_MORE, MAX_MORE)
     gain = (grown(brightening, said.shape[-1]) * (1 + more)).clamp(-MAX_BRIGHTENING, MAX_BRIGHTENING).exp()
+    with_body = is_body.sigmoid() * rearrange(body_shift, "n c -> n c 1 1")
     return Said(
-        at_head + rearrange(pulled, "n c h w -> n h w c"), _shift(beside), paint, shares, torch.tanh(tint), gain
+        at_head + rearrange(pulled, "n c h w -> n h w c"),
+        rearrange(with_body, "n c h w -> n h w c") + _shift(beside),
+        paint,
+        shares,
+        torch.tanh(tint),
+        gain,
+        is_body,
     )
 
 
-def composed(portrait: Tensor, said: Said) -> Tensor:
-    """(n, 3, s, s) in [0, 1]: portrait (3, s, s) looked up where head and what is beside it lead, and paint, by their
-    shares, lit and tinted."""
-    side = portrait.shape[-1]
-    head, beside, painted = said.shares.softmax(1).split(1, dim=1)
-    over = painted * said.paint + said.tint
+def composed(apart: Tensor, said: Said) -> Tensor:
+    """(n, 3, s, s) in [0, 1]: of a portrait taken apart (2, 3, s, s) the head looked up where the head leads and the
+    rest where what is beside it does, and paint, by their shares, lit and tinted."""
+    side = apart.shape[-1]
     places = (rearrange(part, "n h w c -> n c h w") for part in (said.head, said.beside))
-    # Grown at once, as that is what takes the time.
-    wide = grown(torch.cat([*places, head * said.gain, beside, over], 1), side)
-    to_head, to_beside, head, beside, over = wide.split((2, 2, 3, 1, 3), dim=1)
+    # Grown at once, as that is what takes the time. Shares are grown as logits: an outline then runs between cells.
+    wide = grown(torch.cat([*places, said.shares, said.gain, said.paint, said.tint], 1), side)
+    to_head, to_beside, shares, gain, paint, tint = wide.split((2, 2, 3, 3, 3, 3), dim=1)
+    head, beside, painted = shares.softmax(1).split(1, dim=1)
     # Most of what is beside the head does not move: a dearer look would show nothing more.
-    pictures = head * looked_up_at(portrait, to_head, "bicubic") + beside * looked_up_at(portrait, to_beside)
-    return (pictures + over).clamp(0, 1)
+    pictures = head * gain * looked_up_at(apart[0], to_head, "bicubic") + beside * looked_up_at(apart[1], to_beside)
+    return (pictures + painted * paint + tint).clamp(0, 1)
 
 
 def _shift(said: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ REACH = 1.25
 """Half of the square's side in head units, the scale of the keypoints: all of a head, and its chin when it speaks."""
 UNITS = (10.0, 15.0, 2.0)
 """Degrees of pitch, yaw and roll that the network's numbers mean."""
+NUM_HIDDEN = 160
 MOMENTUM = 0.01
 """Of the norms' statistics: what is handed on has been averaged over some hundred steps, as weights are."""
 MIN_SCALE = 1e-3
@@ -37,26 +38,31 @@ class Upright(nn.Module):
         super().__init__()
         channels, width = config.upright_channels, config.upright_px // 2 ** len(config.upright_channels)
         layers: list[nn.Module] = []
-        for index, (before, after) in enumerate(zip((3, *channels), channels, strict=False)):
-            layers += [
-                normed(before, after, 2, MOMENTUM),
-                nn.ReLU(),
-                *([NormedBlock(after, MOMENTUM)] if index else []),
-            ]
+        for before, after, depth in zip((3, *channels), channels, config.upright_depths, strict=False):
+            blocks = (NormedBlock(after, MOMENTUM) for _ in range(depth))
+            layers += [normed(before, after, 2, MOMENTUM), nn.ReLU(), *blocks]
         self.layers = nn.Sequential(*layers)
         self.squeeze = nn.Conv2d(channels[-1], 32, 1)
-        self.hidden = nn.Linear(32 * width**2, 160)
-        self.out = nn.Linear(160, 3)
+        self.hidden = nn.Linear(32 * width**2, NUM_HIDDEN)
+        self.out = nn.Linear(NUM_HIDDEN, 3)
 
     def trunk(self) -> list[nn.Module]:
         """What may run in bfloat16."""
         return [self.layers, self.squeeze]
 
     def forward(self, squares: Tensor) -> Tensor:
+        return self.degrees(self.seen(squares))
+
+    def seen(self, squares: Tensor) -> Tensor:
+        """(n, NUM_HIDDEN) what `degrees` is read from."""
         x = F.relu(self.squeeze(self.layers(squares.to(self.squeeze.weight.dtype))))
-        # Also where networks train in mixed precision.
+        # In fp32 also where networks train in mixed precision, as the next.
         with torch.autocast(x.device.type, enabled=False):
-            said = self.out(F.relu(self.hidden(x.float().flatten(1))))
+            return F.relu(self.hidden(x.float().flatten(1)))
+
+    def degrees(self, seen: Tensor) -> Tensor:
+        with torch.autocast(seen.device.type, enabled=False):
+            said = self.out(seen)
             return said * torch.tensor(UNITS, device=said.device)
 
 

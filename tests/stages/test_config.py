@@ -183,7 +183,12 @@ def test_a_whole_number_may_stand_where_a_fraction_is_meant():
             {"pixel_patch": 2, "channels": (4, 6, 10), "light_channels": (4, 8)},
             ["light_channels are two numbers"],
         ),
-        ("keypoints", {"upright_channels": (4, 6), "upright_px": 30}, ["keypoints.upright_px 30"]),
+        (
+            "keypoints",
+            {"upright_channels": (4, 6), "upright_depths": (0, 1), "upright_px": 30},
+            ["keypoints.upright_px 30"],
+        ),
+        ("keypoints", {"upright_channels": (4, 6)}, ["keypoints.upright_depths differ"]),
         ("unet", {"attention_levels": (False, False, False)}, ["unet.attention_levels", "portrait"]),
         ("unet", {"attention_levels": (True, True)}, ["unet.attention_levels", "block"]),
         ("unet", {"max_positions": 5}, ["6 window frames", "unet.max_positions 5"]),

@@ -72,7 +72,7 @@ def test_an_extractor_that_pinpoints_begins_as_one_that_sees_half_the_side():
 @torch.no_grad()
 def test_a_trunk_in_bfloat16_hardly_turns_a_head():
     torch.manual_seed(0)
-    looking_again = {"upright_channels": (4, 6), "upright_px": 16}
+    looking_again = {"upright_channels": (4, 6), "upright_depths": (1, 0), "upright_px": 16}
     exact = KeypointExtractor(replace(SMALL, image_px=128, fine_channels=4, gathered_cells=4, **looking_again)).eval()
     exact.pinpoint.read[-1].weight.normal_(std=0.1)
     rounded = copy.deepcopy(exact)

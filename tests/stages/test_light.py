@@ -37,7 +37,7 @@ def errors(seed: int) -> tuple[float, float]:
     """Mean absolute error of a drawn head that turns, looked up in its portrait: in the portrait's light, and lit."""
     person, rest = sample_identity(650 + seed), sample_portrait_motion(np.random.default_rng(seed))
     motion = dataclasses.replace(rest, yaw=rest.yaw + 25, pitch=rest.pitch - 10)
-    shift, kinds = sources(person, rest, motion, SIDE)
+    shift, kinds, _ = sources(person, rest, motion, SIDE)
     places = (cells(SIDE, torch.zeros(1)) + torch.from_numpy(shift))[None]
     normals = [torch.from_numpy(head_shape(person, one, SIDE)[2]) for one in (rest, motion)]
     before, after = (rearrange(part, "h w c -> 1 c h w") for part in normals)

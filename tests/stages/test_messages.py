@@ -25,6 +25,7 @@ def test_a_motion_state_survives_a_process_border_bit_by_bit():
         "fields": np.float16([[[[0.1, 65504]]]]),
         "depths": np.float16([[[-0.3]], [[9.0]]]),
         "light": np.float16([[[0.7, -0.0]]]),
+        "apart": np.float16([[[[0.2]]], [[[-0.0]]]]),
     }
     state = MotionState(POSE, np.float32([[0.1, -0.0, np.inf]]), True, POSE, **seen)
     arrived = pickle.loads(pickle.dumps(state))

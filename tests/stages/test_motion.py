@@ -233,7 +233,7 @@ def test_where_the_model_has_a_mover_the_motion_stage_moves_the_portrait(moving_
         chunks.append(chunk)
         states.append(state)
     first, second = chunks
-    for name in ("depths", "fields", "light"):
+    for name in ("depths", "fields", "light", "apart"):
         assert getattr(states[0], name) is getattr(states[1], name), "a portrait is looked at once"
         doubled = replace(states[0], **{name: 2 * np.abs(getattr(states[0], name))})
         [(_, other)] = motion.run([doubled], [draw_chunks(2, 2)[1]])
@@ -250,4 +250,5 @@ def test_where_the_model_has_a_mover_the_motion_stage_moves_the_portrait(moving_
 def test_other_models_leave_the_portrait_to_the_denoise_stage(showing_stages, draw_picture, draw_chunks):
     state = showing_stages.motion.open(draw_picture(1))
     [(state, chunk)] = showing_stages.motion.run([state], [draw_chunks(2, 1)[0]])
-    assert state.picture is state.own_keypoints is state.depths is state.fields is state.light is chunk.moved is None
+    kept = ("picture", "own_keypoints", "depths", "fields", "light", "apart")
+    assert {getattr(state, name) for name in kept} == {None} and chunk.moved is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -23,7 +24,7 @@ def some(seed: int, *shape: int) -> torch.Tensor:
 
 def said(**parts: torch.Tensor) -> torch.Tensor:
     """(1, NUM_SAID, 12, 12): zero but for the given parts."""
-    names = ("head", "beside", "paint", "shares", "tint", "more")
+    names = ("head", "beside", "paint", "shares", "tint", "more", "is_body")
     return torch.cat(
         [
             torch.ones(1, size, 12, 12) * parts.get(name, torch.zeros(1)).reshape(1, -1, 1, 1)
@@ -38,9 +39,15 @@ def even(guess: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(guess), 3, *guess.shape[1:3])
 
 
-def calm(guess: torch.Tensor, channels: torch.Tensor) -> Said:
-    """What is meant where expressions do nothing."""
-    return meant(guess, even(guess), channels, torch.zeros(len(guess), NUM_TOLD, 8, 8), some(1, 9, 3))
+def calm(guess: torch.Tensor, channels: torch.Tensor, body: tuple[float, float] = (0.0, 0.0)) -> Said:
+    """What is meant where expressions do nothing and the body moves by `body`."""
+    told, shift = torch.zeros(len(guess), NUM_TOLD, 8, 8), torch.tensor([body])
+    return meant(guess, even(guess), channels, told, some(1, 9, 3), shift)
+
+
+def shown(portrait: torch.Tensor, said: Said) -> torch.Tensor:
+    """The picture where head and what is beside it are both looked up in all of the portrait."""
+    return composed(portrait.expand(2, -1, -1, -1), said)
 
 
 @torch.no_grad()
@@ -48,7 +55,7 @@ def test_a_mover_that_says_nothing_shows_nearly_the_turned_head(moving_stages):
     config, mover = moving_stages.config, moving_stages.denoise.pose_guider.mover
     portrait, start, end = torch.rand(3, SIDE, SIDE), some(1, 9, 3), some(2, 2, 9, 3)
     guess = shifts(start, end, SIDE // config.pose_guider.head.grid_px, config.pose_guider.head)
-    ours = composed(portrait, calm(guess, torch.zeros(2, NUM_SAID, 12, 12)))
+    ours = shown(portrait, calm(guess, torch.zeros(2, NUM_SAID, 12, 12)))
     turned = moved(portrait, start, end, config.pose_guider.head)
     assert (ours - turned).abs().mean() < 0.02
     assert torch.tensor(FIRST_SHARES).softmax(0)[0] > 0.97
@@ -61,14 +68,14 @@ def test_said_shifts_move_what_is_looked_up():
     portrait, guess = torch.rand(3, SIDE, SIDE), torch.zeros(1, 12, 12, 2)
     cell = 2 / SIDE
     shifted = said(head=torch.tensor([4 * cell, 0.0]).atanh(), shares=torch.tensor([30.0, 0.0, 0.0]))
-    [ours] = composed(portrait, calm(guess, shifted))
+    [ours] = shown(portrait, calm(guess, shifted))
     torch.testing.assert_close(ours[:, :, :-4], portrait[:, :, 4:], rtol=0, atol=1e-4)
 
 
 def test_between_pixels_fine_detail_is_kept():
     portrait = (0.3 + 0.4 * (torch.arange(SIDE) % 4 < 2)).expand(3, SIDE, SIDE)
     half = said(head=torch.tensor([1 / SIDE, 0.0]).atanh(), shares=torch.tensor([30.0, 0.0, 0.0]))
-    [ours] = composed(portrait, calm(torch.zeros(1, 12, 12, 2), half))
+    [ours] = shown(portrait, calm(torch.zeros(1, 12, 12, 2), half))
     averaged = (portrait + portrait.roll(-1, dims=2)) / 2
     inside = slice(4, -4)
     assert ours[..., inside].std() > 1.1 * averaged[..., inside].std()
@@ -76,23 +83,67 @@ def test_between_pixels_fine_detail_is_kept():
 
 def test_what_lies_beside_the_head_has_shifts_of_its_own():
     portrait, guess = torch.rand(3, SIDE, SIDE), torch.full((1, 12, 12, 2), 0.3)
-    [still] = composed(portrait, calm(guess, said(shares=torch.tensor([0.0, 30.0, 0.0]))))
+    [still] = shown(portrait, calm(guess, said(shares=torch.tensor([0.0, 30.0, 0.0]))))
     torch.testing.assert_close(still, portrait, rtol=0, atol=1e-4)
     shifted = said(beside=torch.tensor([0.0, 2 * 2 / SIDE]).atanh(), shares=torch.tensor([0.0, 30.0, 0.0]))
-    [lower] = composed(portrait, calm(guess, shifted))
+    [lower] = shown(portrait, calm(guess, shifted))
     torch.testing.assert_close(lower[:, :-2], portrait[:, 2:], rtol=0, atol=1e-4)
+
+
+def test_the_body_moves_as_one_where_it_is_and_the_backdrop_stays():
+    portrait, guess, beside = torch.rand(3, SIDE, SIDE), torch.zeros(1, 12, 12, 2), torch.tensor([0.0, 30.0, 0.0])
+    by = (0.0, 2 * 2 / SIDE)
+    still, lower = (
+        shown(portrait, calm(guess, said(shares=beside, is_body=torch.tensor([logit])), by))[0]
+        for logit in (-30.0, 30.0)
+    )
+    torch.testing.assert_close(still, portrait, rtol=0, atol=1e-4)
+    torch.testing.assert_close(lower[:, :-2], portrait[:, 2:], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_how_the_body_moves_is_told_by_keypoints_alone_to_a_part_of_a_pixel(moving_stages):
+    mover = copy.deepcopy(moving_stages.denoise.pose_guider.mover)
+    torch.nn.init.normal_(mover.body_out.weight, std=0.02)
+    start, end = some(1, 9, 3), some(1, 9, 3) + 0.05 * some(2, 2, 9, 3)
+    exact = mover.body_shift(start, end)
+    assert exact.shape == (2, 2) and 1e-4 < exact.abs().max() < 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mover.body_shift(start, end), exact)
+    rounded = mover.bfloat16().body_shift(start, end)
+    assert (rounded - exact).abs().max() < 0.1 * 2 / 256
+
+
+def test_head_and_what_is_beside_it_are_looked_up_apart():
+    head, behind = torch.rand(2, 3, SIDE, SIDE)
+    guess = torch.zeros(1, 12, 12, 2)
+    for all_share, expected in ((0, head), (1, behind)):
+        shares = 30.0 * torch.nn.functional.one_hot(torch.tensor(all_share), 3)
+        [ours] = composed(torch.stack([head, behind]), calm(guess, said(shares=shares)))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_an_outline_between_cells_is_sharper_than_a_cell():
+    """The head's logits rise by 20 from one cell of four pixels to the next."""
+    channels = said(shares=torch.tensor([0.0, 0.0, -50.0]))
+    channels[:, sum(SPLIT[:3])] = 20 * (torch.arange(12) - 5.5)
+    [ours] = composed(
+        torch.stack([torch.ones(3, SIDE, SIDE), torch.zeros(3, SIDE, SIDE)]), calm(torch.zeros(1, 12, 12, 2), channels)
+    )
+    mixed = ((ours[0, 20] > 0.05) & (ours[0, 20] < 0.95)).sum()
+    assert 0 < mixed < 3 and ours[0, 20, 0] < 0.01 and ours[0, 20, -1] > 0.99
 
 
 def test_paint_covers_everything_where_it_has_all_the_share():
     covering = said(paint=torch.tensor([9.0, 0.0, -9.0]), shares=torch.tensor([0.0, 0.0, 40.0]))
-    [ours] = composed(torch.rand(3, SIDE, SIDE), calm(torch.zeros(1, 12, 12, 2), covering))
+    [ours] = shown(torch.rand(3, SIDE, SIDE), calm(torch.zeros(1, 12, 12, 2), covering))
     torch.testing.assert_close(ours[:, 5, 5], torch.tensor([1.0, 0.5, 0.0]), rtol=0, atol=1e-3)
 
 
 def test_tint_is_added_to_what_is_looked_up_and_stays_a_picture():
     portrait, guess = torch.full((3, SIDE, SIDE), 0.5), torch.zeros(1, 12, 12, 2)
     tinted = said(tint=torch.tensor([0.2, -0.3, 0.9]).atanh(), shares=torch.tensor([30.0, 0.0, 0.0]))
-    [ours] = composed(portrait, calm(guess, tinted))
+    [ours] = shown(portrait, calm(guess, tinted))
     torch.testing.assert_close(ours[:, 7, 9], torch.tensor([0.7, 0.2, 1.0]), rtol=0, atol=1e-4)
 
 
@@ -110,10 +161,12 @@ def test_an_expression_pulls_and_paints_what_its_part_of_the_portrait_becomes():
     told = torch.zeros(1, NUM_TOLD, 8, 8)
     told[:, 0], told[:, 2], told[:, 3] = 0.1, 40.0, 9.0
     guess = torch.zeros(1, 12, 12, 2)
-    still, pulled = (meant(guess, even(guess), said(), part, start) for part in (torch.zeros_like(told), told))
+    still, pulled = (
+        meant(guess, even(guess), said(), part, start, torch.zeros(1, 2)) for part in (torch.zeros_like(told), told)
+    )
     moved_by = pulled.head - still.head
     assert moved_by[0, 6, 6, 0] > 0.02 and (moved_by[0, 0] == 0).all() and (moved_by[..., 1] == 0).all()
-    [ours] = composed(torch.rand(3, SIDE, SIDE), pulled)
+    [ours] = shown(torch.rand(3, SIDE, SIDE), pulled)
     torch.testing.assert_close(ours[0, 24, 24], torch.tensor(1.0), rtol=0, atol=1e-3)
 
 
@@ -153,7 +206,7 @@ def test_what_comes_to_face_the_light_is_brighter_and_the_network_says_by_how_mu
     all_head = torch.tensor([30.0, 0.0, 0.0])
     for more, exponent in ((0.0, 0.2), (1.0, 0.4), (-1.0, 0.0), (1e30, MAX_BRIGHTENING)):
         channels = said(shares=all_head, more=torch.tensor([more]))
-        [ours] = composed(portrait, meant(guess, gain, channels, told, some(1, 9, 3)))
+        [ours] = shown(portrait, meant(guess, gain, channels, told, some(1, 9, 3), torch.zeros(1, 2)))
         torch.testing.assert_close(ours, (portrait * math.exp(exponent)).clamp(max=1), rtol=0, atol=1e-4)
 
 

@@ -28,7 +28,7 @@ def places_off(seed: int) -> tuple[float, float, float]:
     start, end = (torch.from_numpy(project(true_pose(person, one)))[0] for one in (portrait, motion))
     depth, is_head, facing = (torch.from_numpy(part) for part in head_shape(person, portrait, 2 * SIDE))
     ours = turned(depth - start.mean(0)[2], facing, is_head, start, end[None], SIDE)
-    true, kinds = (torch.from_numpy(part) for part in sources(person, portrait, motion, SIDE))
+    true, kinds, _ = (torch.from_numpy(part) for part in sources(person, portrait, motion, SIDE))
     seen = (ours.seen[0] > 0) & (kinds == HEAD)
     guesses = ours.shift[0], shifts(start, end[None], SIDE, HeadConfig())[0]
     off = [float((guess - true).norm(dim=-1)[seen].mean()) * SIDE / 2 for guess in guesses]

@@ -19,7 +19,7 @@ from training.world import render
 
 CONFIG = KeypointConfig(
     image_px=64, depths=(1, 2, 1), dims=(6, 8, 10), num_keypoints=5, num_angle_bins=9, drawn=(0, 4),
-    colours=((9, 0, 0),) * 2, upright_channels=(4, 6, 8), upright_px=40,
+    colours=((9, 0, 0),) * 2, upright_channels=(4, 6, 8), upright_depths=(0, 2, 1), upright_px=40,
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def test_what_is_looked_up_there_is_nearly_the_picture():
     for seed in range(6):
         portrait, motion = turned(seed)
         person = sample_identity(600 + seed)
-        shifts, kinds = sources(person, portrait, motion, SIDE)
+        shifts, kinds, _ = sources(person, portrait, motion, SIDE)
         before, after = (render(person, one, SIDE, 2.0).astype(np.float32) for one in (portrait, motion))
         inside = cv2.erode((kinds == HEAD).astype(np.uint8), np.ones((5, 5))) > 0
         errors.append(np.abs(looked_up(before, shifts) - after)[inside].mean())
@@ -47,7 +47,7 @@ def test_what_is_looked_up_there_is_nearly_the_picture():
 
 def test_nothing_moves_between_a_portrait_and_itself():
     portrait, _ = turned(1)
-    shifts, kinds = sources(sample_identity(601), portrait, portrait, SIDE)
+    shifts, kinds, _ = sources(sample_identity(601), portrait, portrait, SIDE)
     assert np.abs(shifts).max() < 1e-5
     assert {BACKDROP, BODY, HEAD} <= set(kinds.ravel().tolist())
 
@@ -55,7 +55,7 @@ def test_nothing_moves_between_a_portrait_and_itself():
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_backdrop_stays_and_the_body_moves_as_one(seed: int):
     portrait, motion = turned(seed)
-    shifts, kinds = sources(sample_identity(600 + seed), portrait, motion, SIDE)
+    shifts, kinds, _ = sources(sample_identity(600 + seed), portrait, motion, SIDE)
     assert not shifts[kinds == BACKDROP].any()
     assert np.abs(shifts[kinds == BODY].std(0)).max() < 1e-6 < np.abs(shifts[kinds == BODY].mean(0)).max()
 

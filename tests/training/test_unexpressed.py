@@ -48,7 +48,7 @@ def test_a_face_looked_up_there_has_nearly_the_other_expression(part: str, chang
     for seed in range(5):
         motion = dataclasses.replace(REST, **change)
         before, after = (render(person(seed), one, SIDE).astype(np.float32) for one in (REST, motion))
-        shifts, kinds = sources(person(seed), REST, motion, SIDE)
+        shifts, kinds, _ = sources(person(seed), REST, motion, SIDE)
         x1, y1, x2, y2 = feature_boxes(person(seed), motion, SIDE)[part]
         inside = np.zeros((SIDE, SIDE), bool)
         inside[y1:y2, x1:x2] = True

@@ -17,6 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.apart import taken_apart
 from stages.config import ModelConfig
 from stages.errors import BadConfig
 from stages.images import signed
@@ -31,7 +32,7 @@ from training.known import FIRST_EXPRESSION
 from training.motion import from_array
 from training.phases.animation import AnimationPhase
 from training.phases.phase import Draws, Update
-from training.places import BODY, HEAD, INSIDE, NECK, head_shape, light_map, sources
+from training.places import BACKDROP, BODY, HEAD, INSIDE, NECK, head_shape, light_map, sources
 from training.recipes import MoverConfig
 from training.regions import box_mask, region_weights
 
@@ -55,6 +56,8 @@ FACING_WEIGHT = 3.0
 """Of the error of where the surface faces, in lengths of its normal, beside that of depths in cells."""
 LIGHT_WEIGHT = 10.0
 """Of the squared error of light, in logarithms of brightness, beside that of depths in cells."""
+DEEPER = 0.05
+"""Half picture sides by which places of a head lie deeper than what the portrait shows there, if it hides them."""
 LIT_WITHIN = 0.1
 """Errors of tint count by their square within this, in pictures of [0, 1]."""
 TINT_WEIGHT = 10.0
@@ -103,7 +106,7 @@ class MoverPhase(AnimationPhase):
             error, errors = place_loss(said, batch, images / 2 + 0.5, self._weights(batch, self.side))
             loss, metrics = loss + self.config.place_weight * error, metrics | errors
         if self.config.picture_weight:
-            error, errors = self._picture_loss(said, batch, images)
+            error, errors = self._picture_loss(said, looked, batch, images)
             loss, metrics = loss + self.config.picture_weight * error, metrics | errors
         return Update(loss, metrics)
 
@@ -117,7 +120,8 @@ class MoverPhase(AnimationPhase):
         shapes, lights = (rearrange(part, "(b f) ... -> b f ...", b=len(images)) for part in told)
         portraits = zip(images[:, 0], points[:, 0], tokens[:, 0], strict=True)
         fields = [mover.expressions.fields(*parts) for parts in portraits]
-        parts = zip(shapes[:, 0], fields, lights[:, 0], strict=True)
+        apart = [taken_apart(image, shape[0, 1].detach()) for image, shape in zip(images[:, 0], shapes, strict=True)]
+        parts = zip(shapes[:, 0], fields, lights[:, 0], apart, strict=True)
         return shapes, lights, [Looked(*part) for part in parts]
 
     def _say(self, pictures: Tensor, keypoints: Tensor, tokens: Tensor, looked: Looked) -> Said:
@@ -148,10 +152,11 @@ class MoverPhase(AnimationPhase):
         boxes = rearrange(torch.from_numpy(batch.boxes[:, 1:]).to(self.device), "b f k c -> (b f) k c")
         return region_weights(boxes, self.model.size_px, side, self.config.face_weight, self.config.parts_weight)
 
-    def _picture_loss(self, said: list[Said], batch: Batch, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _picture_loss(
+        self, said: list[Said], looked: list[Looked], batch: Batch, images: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared, absolute and perceptual error of the moved portraits, weighted in face, eyes and mouth."""
-        portraits = images[:, 0] / 2 + 0.5
-        moved = torch.cat([composed(portrait, one) for portrait, one in zip(portraits, said, strict=True)]) * 2 - 1
+        moved = torch.cat([composed(seen.apart, one) for seen, one in zip(looked, said, strict=True)]) * 2 - 1
         target = rearrange(images[:, 1:], "b f c h w -> (b f) c h w")
         weights = self._weights(batch, self.model.size_px)
         error = moved - target
@@ -212,16 +217,20 @@ def expression_loss(seen: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor
 
 
 def place_loss(said: list[Said], batch: Batch, images: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Errors of places (in cells), of shares, of paint and of tint, in the cells of `weights` (b · f, 1, g, g); images
-    (b, 1 + f, 3, s, s) in [0, 1]."""
+    """Errors of places (in cells), of what is the body, of shares, of paint and of tint, in the cells of `weights`
+    (b · f, 1, g, g); images (b, 1 + f, 3, s, s) in [0, 1]."""
     side = weights.shape[-1]
     truth = [true_places(batch, index, side) for index in range(len(said))]
     stacked = (np.concatenate(part) for part in zip(*truth, strict=True))
-    shift, kinds, shown_by = (torch.from_numpy(part).to(images.device) for part in stacked)
+    shift, kinds, shown_by, is_seen = (torch.from_numpy(part).to(images.device) for part in stacked)
     head, beside = (torch.cat([getattr(one, name) for one in said]) for name in ("head", "beside"))
     weights = rearrange(weights, "n 1 h w -> n h w")
-    head_error = cells_off(head, shift, weights * (kinds == HEAD))
-    beside_error = cells_off(beside, shift, weights * (shown_by == BESIDE))
+    head_error = cells_off(head, shift, weights * is_seen)
+    is_beside = (kinds == BODY) | (kinds == BACKDROP)
+    beside_error = cells_off(beside, shift, weights * is_beside)
+    is_body = torch.cat([one.is_body for one in said])[:, 0]
+    confused = F.binary_cross_entropy_with_logits(is_body, (kinds == BODY).float(), reduction="none")
+    body_error = (confused * is_beside).sum() / is_beside.sum().clamp(min=1)
     shares = torch.cat([one.shares for one in said])
     wrong = F.cross_entropy(shares, shown_by, ignore_index=UNKNOWN, reduction="none")
     share_error = (wrong * weights).sum() / (weights * (shown_by != UNKNOWN)).sum().clamp(min=1)
@@ -229,18 +238,19 @@ def place_loss(said: list[Said], batch: Batch, images: Tensor, weights: Tensor) 
     colours = F.adaptive_avg_pool2d(rearrange(images[:, 1:], "b f c h w -> (b f) c h w"), paint.shape[-1])
     paint_error = F.l1_loss(paint, colours)
     tint, gain = (torch.cat([getattr(one, name) for one in said]) for name in ("tint", "gain"))
-    tint_error = tint_loss(tint, gain, colours, images[:, 0], shift, weights * (shown_by == AT_HEAD))
-    metrics = {"head_cells": head_error, "beside_cells": beside_error, "shares": share_error, "paint": paint_error}
-    metrics["tint"] = tint_error
-    loss = head_error + beside_error + 0.3 * share_error + paint_error + TINT_WEIGHT * tint_error
+    tint_error = tint_loss(tint, gain, colours, images[:, 0], shift, weights * is_seen)
+    metrics = {
+        "head_cells": head_error, "beside_cells": beside_error, "body": body_error, "shares": share_error,
+        "paint": paint_error, "tint": tint_error,
+    }  # fmt: skip
+    loss = head_error + beside_error + body_error + 0.3 * share_error + paint_error + TINT_WEIGHT * tint_error
     return loss, {name: error.detach() for name, error in metrics.items()}
 
 
 def tint_loss(tint: Tensor, gain: Tensor, colours: Tensor, portraits: Tensor, shift: Tensor, weights: Tensor) -> Tensor:
     """Error of tint (b · f, 3, g, g), by weights (b · f, g, g): it shall be by how much the `colours` of cells
     (b · f, 3, g, g) differ from what portraits (b, 3, s, s), all in [0, 1], show at true places, away by `shift`
-    (b · f, g, g, 2), `gain` times as bright. Where a part of the head hides another, that is not light; few cells are
-    so."""
+    (b · f, g, g, 2), `gain` times as bright."""
     side = tint.shape[-1]
     own = repeat(F.adaptive_avg_pool2d(portraits, side), "b c h w -> (b f) c h w", f=len(tint) // len(portraits))
     unlit = F.grid_sample(own, cells(side, tint) + shift, padding_mode="border", align_corners=False)
@@ -266,28 +276,28 @@ def true_expressions(batch: Batch, index: int, side: int) -> tuple[np.ndarray, n
         from_array(np.concatenate([own[:FIRST_EXPRESSION], row[FIRST_EXPRESSION:]])) for row in batch.motions[index, 1:]
     )
     told = [sources(person, portrait, motion, side) for motion in expressions]
-    shifts, kinds = (np.stack(part) for part in zip(*told, strict=True))
+    shifts, kinds, _ = (np.stack(part) for part in zip(*told, strict=True))
     return shifts, kinds
 
 
-def true_places(batch: Batch, index: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is true of a sample's target frames: shifts (f, g, g, 2), kinds (f, g, g) and whose share shows each cell,
-    (f, g, g): paint where a mouth or an eye opens, and where body or backdrop come into view that the portrait's head
-    has hidden. What the head itself has hidden is nobody's."""
+def true_places(batch: Batch, index: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What is true of a sample's target frames: shifts (f, g, g, 2), kinds (f, g, g), whose share shows each cell,
+    (f, g, g), and where the portrait shows the same place of the head, (f, g, g) bool. Paint shows what is inside when
+    a mouth or an eye opens. What the head has hidden of itself and of a backdrop is shown as `stages.apart` has filled
+    it; what it has hidden of the body is nobody's."""
     assert batch.people is not None
     person = sample_identity(int(batch.people[index]))
     portrait, *motions = (from_array(row) for row in batch.motions[index])
-    _, before = sources(person, portrait, portrait, side)
+    depth_before, was_head, _ = head_shape(person, portrait, side)
     told = [sources(person, portrait, motion, side) for motion in motions]
-    shifts, kinds = (np.stack(part) for part in zip(*told, strict=True))
-    shown_by = np.where(kinds == HEAD, AT_HEAD, BESIDE)
+    shifts, kinds, depth = (np.stack(part) for part in zip(*told, strict=True))
     column = repeat(np.arange(side), "g -> h g", h=side)
     from_x, from_y = (
         np.clip(np.round(place + shifts[..., axis] * side / 2).astype(int), 0, side - 1)
         for axis, place in enumerate((column, column.T))
     )
-    from_head = before[from_y, from_x] == HEAD
-    hidden = from_head & (kinds != HEAD)
-    shown_by = np.where(hidden | (kinds == INSIDE), PAINTED, shown_by)
-    unknown = (kinds == NECK) | ((kinds == BODY) & hidden) | ((kinds == HEAD) & ~from_head)
-    return shifts, kinds, np.where(unknown, UNKNOWN, shown_by)
+    from_head = was_head[from_y, from_x]
+    is_seen = (kinds == HEAD) & from_head & (depth < depth_before[from_y, from_x] + DEEPER)
+    shown_by = np.select([kinds == HEAD, kinds == INSIDE], [AT_HEAD, PAINTED], BESIDE)
+    unknown = (kinds == NECK) | ((kinds == BODY) & from_head)
+    return shifts, kinds, np.where(unknown, UNKNOWN, shown_by), is_seen

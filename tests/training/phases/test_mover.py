@@ -34,7 +34,7 @@ from training.phases.mover import (
     true_places,
 )
 from training.phases.phase import draws
-from training.places import HEAD, INSIDE, head_shape, light_map
+from training.places import BACKDROP, BODY, HEAD, INSIDE, head_shape, light_map
 from training.recipes import changed, smoke
 
 
@@ -56,12 +56,32 @@ def test_a_perceptual_distance_counts_where_the_config_asks_for_it(build, batch:
 
 
 def test_true_places_teach_what_pictures_of_another_moment_show(batch: Batch):
-    shifts, kinds, shown_by = true_places(batch, 0, 16)
-    assert shifts.shape == (5, 16, 16, 2) and kinds.shape == shown_by.shape == (5, 16, 16)
-    assert (kinds[shown_by == AT_HEAD] == HEAD).all()
-    assert (shown_by[kinds == HEAD] == AT_HEAD).mean() > 0.7
+    shifts, kinds, shown_by, is_seen = true_places(batch, 0, 16)
+    assert shifts.shape == (5, 16, 16, 2) and kinds.shape == shown_by.shape == is_seen.shape == (5, 16, 16)
+    assert ((kinds == HEAD) == (shown_by == AT_HEAD)).all()
+    assert 0.7 < is_seen[kinds == HEAD].mean() < 1 and not is_seen[kinds != HEAD].any()
     assert (shown_by[kinds == INSIDE] == PAINTED).all()
-    assert (shown_by == PAINTED).any() and (shown_by == BESIDE).any() and (shown_by == UNKNOWN).any()
+    assert (shown_by[kinds == BACKDROP] == BESIDE).all()
+    assert (shown_by == PAINTED).any() and (shown_by == UNKNOWN).any()
+
+
+def test_a_head_that_turns_shows_what_the_portrait_does_not(batch: Batch):
+    assert batch.people is not None
+    side, motions = 64, batch.motions.copy()
+    motions[:, 0, :3] = 0
+    motions[:, 1] = motions[:, 0]
+    motions[:, 2] = motions[:, 0]
+    motions[:, 2, 1] = 30
+    _, kinds, _, is_seen = true_places(dataclasses.replace(batch, motions=motions), 0, side)
+    hidden = [((kinds[index] == HEAD) & ~is_seen[index]).sum() for index in range(2)]
+    assert hidden[0] < 0.02 * (kinds[0] == HEAD).sum() and hidden[1] > 0.05 * (kinds[1] == HEAD).sum()
+
+
+def test_taking_the_backdrop_for_the_body_is_an_error_of_places(batch: Batch):
+    confused = [dataclasses.replace(said, is_body=-said.is_body) for said in perfect(batch)]
+    images, weights = torch.zeros(2, 6, 3, 64, 64), torch.ones(10, 1, 16, 16)
+    loss, errors = place_loss(confused, batch, images, weights)
+    assert errors["body"] > 30 and loss > 30
 
 
 def test_expressions_are_asked_for_where_the_portraits_head_is(batch: Batch):
@@ -99,10 +119,11 @@ def perfect(batch: Batch) -> list[Said]:
     """Everything as `true_places` has it."""
     said = []
     for index in range(2):
-        shifts, _, shown_by = (torch.from_numpy(part) for part in true_places(batch, index, 16))
+        shifts, kinds, shown_by, _ = (torch.from_numpy(part) for part in true_places(batch, index, 16))
         shares = rearrange(50.0 * F.one_hot(shown_by.clamp(min=0), 3), "f h w c -> f c h w")
         colours = torch.zeros(5, 3, 16, 16)
-        said.append(Said(shifts, shifts, colours, shares, colours, torch.ones(5, 3, 16, 16)))
+        is_body = rearrange(torch.where(kinds == BODY, 60.0, -60.0), "f h w -> f 1 h w")
+        said.append(Said(shifts, shifts, colours, shares, colours, torch.ones(5, 3, 16, 16), is_body))
     return said
 
 
