@@ -37,6 +37,8 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 
 temporary, port, agent_port = sys.argv[1], *map(int, sys.argv[2:])
+# Ray notes the cluster there, too, and expects the folder, which a machine does not have before its first Ray.
+Path("/tmp/ray").mkdir(exist_ok=True)
 dashboard = {"include_dashboard": True, "dashboard_port": port, "dashboard_agent_listen_port": agent_port}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "temp_dir": temporary, **dashboard})
 cluster.add_node(num_cpus=2)
