@@ -2,10 +2,18 @@
 
 import math
 
+import pytest
 import torch
 
 from stages.config import MotionEncoderConfig
-from stages.networks.motion_encoder import Hourglass, MotionEncoder, PatchAttention, grid_positions, sinusoids
+from stages.networks.motion_encoder import (
+    Hourglass,
+    MotionEncoder,
+    PatchAttention,
+    PatchEmbed,
+    grid_positions,
+    sinusoids,
+)
 
 SMALL = MotionEncoderConfig(
     crop_px=40,
@@ -79,3 +87,14 @@ def test_patch_attention_puts_every_patch_back_where_it_came_from():
     assert changed[2:4, 4:6].any()
     changed[2:4, 4:6] = False
     assert not changed.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [16, 24, 32])
+def test_patches_are_embedded_as_by_a_convolution_in_bfloat16_too(channels):
+    torch.manual_seed(0)
+    embed, maps = PatchEmbed(channels, 32, 4, 8), torch.randn(2, channels, 32, 32)
+    expected = embed.proj(maps).flatten(2).mT + embed.positions
+    torch.testing.assert_close(embed(maps), expected)
+    coarse = embed.bfloat16()(maps.bfloat16()).float()
+    assert (coarse - expected).abs().max() < 0.05

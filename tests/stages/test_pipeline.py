@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from stages.errors import BadConfig, BadPortrait, BadWeights
+from stages.networks.motion_encoder import PatchEmbed
 from stages.official import LICENCE
 from stages.pipeline import STAGE_NETWORKS, Stages, animate, load_networks, load_stages, network_dtype, runs_bfloat16
 from stages.portraits import bundled_portraits, load_portrait
@@ -117,6 +119,42 @@ def test_frames_in_bfloat16_are_nearly_those_in_fp32(stages, coarse, draw_pictur
     portrait, chunks = draw_picture(1), draw_chunks(1, NUM_CALLS)
     exact, ours = (frames_of(made, portrait, chunks, 5).astype(int) for made in (stages, coarse))
     assert np.abs(ours - exact).mean() < 3
+
+
+def wrong_layers(network: nn.Module, max_error: float) -> tuple[list[str], list[str]]:
+    """Lists that fill as the network runs: names of its layers, and of those that are off by more than `max_error`
+    of what they give in fp32."""
+    names: list[str] = []
+    wrong: list[str] = []
+
+    def watch(name: str, layer: nn.Module) -> None:
+        exact = copy.deepcopy(layer).float()
+
+        def compare(_layer: nn.Module, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+            expected = exact(*(part.float() for part in given))
+            names.append(name)
+            if (result - expected).norm() > max_error * expected.norm() + 1e-6:
+                wrong.append(name)
+
+        layer.register_forward_hook(compare)
+
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear | nn.GroupNorm | nn.LayerNorm | nn.BatchNorm2d | PatchEmbed):
+            watch(name, layer)
+    return names, wrong
+
+
+@pytest.mark.skipif(not runs_bfloat16(), reason="this CPU does not multiply bfloat16")
+def test_no_layer_of_the_bundled_model_is_far_off_in_bfloat16():
+    stages = load_stages(device="cpu", num_threads=1)
+    motion, denoise = stages.motion, stages.denoise
+    networks = (motion.keypoint_extractor, motion.motion_encoder, motion.pose_guider, denoise.denoising_unet)
+    watched = [wrong_layers(network, 0.02) for network in (*networks, stages.decode.vae)]
+    portrait = load_portrait(next(iter(bundled_portraits().values())).read_bytes(), stages.config.size_px)
+    for _ in animate(stages, portrait, [np.repeat(portrait[None], stages.config.window.chunk_frames, 0)] * 4, 0):
+        pass
+    for names, wrong in watched:
+        assert names and not wrong
 
 
 def test_the_number_of_threads_is_set(folder):
