@@ -152,6 +152,9 @@ class MoverConfig(AnimationConfig):
     absolute_weight: float = 0.5
     """Of the pictures' absolute error beside the squared one, pictures in -1 to 1."""
     perceptual_weight: float = 0.0
+    sharpness_weight: float = 0.0
+    """Of the share by which differences between neighbouring pixels, squared, are too small: the smallest error is that
+    of an outline which fades where it may run."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,8 @@ class DistillConfig(AnimationConfig):
     """Few-step appearance distillation (paper, section 3.2, algorithm 1)."""
 
     perceptual_weight: float = 2.0
+    sharpness_weight: float = 0.0
+    """As that of phase `mover`."""
     adversarial_weight: float = 0.05
     adversarial_from_step: int = 3000
     """T; the paper starts at once. Both have a discriminator that has seen faces before."""
@@ -348,7 +353,9 @@ def tiny() -> Recipe:
         "frozen_parts": ("temporal_modules", "pose_guider.base.", "pose_guider.mover."), "checkpoint_every": 200,
         "trained": ("reference_unet", "denoising_unet", "pose_guider"),
     }  # fmt: skip
-    appearance: dict[str, Any] = {"adversarial_weight": 0.03, "critic_channels": 32, "portrait_start": True}
+    appearance: dict[str, Any] = {
+        "adversarial_weight": 0.03, "critic_channels": 32, "portrait_start": True, "sharpness_weight": 0.02,
+    }  # fmt: skip
     # At the fine level they would take a fifth of a call.
     coarse_in_time = ("down_blocks.0.temporal_modules", "up_blocks.1.temporal_modules")
     return Recipe(
@@ -365,7 +372,7 @@ def tiny() -> Recipe:
         mover=MoverConfig(
             num_steps=8000, batch_size=2, sampling=poses, optimiser=_quick(1.4e-3, 0.995), checkpoint_every=200,
             picture_weight=2.0, absolute_weight=0.3, perceptual_weight=1.0, face_weight=4.0,
-            parts_weight=6.0,
+            parts_weight=6.0, sharpness_weight=1e-3,
             **{name: given[name] for name in ("poses", "expressions", "pose_noise", "portrait_noise", "augment",
             "drop_reference")},
         ),

@@ -4,7 +4,8 @@ Called by the motion stage, by `stages.canvas` and by phase `mover`. A portrait 
 head, for its light, for what expressions do to it, and for its head and the rest apart (`stages.apart`). With its
 depths it turns (`stages.surface`; what it hides turns as an ellipsoid, `stages.moved`): the first guess. This network
 looks at the guess and says how the places in it are wrong, what lies beside the head, and where neither helps it
-paints. Places are looked up, not drawn: so a small network moves sharp details.
+paints; another looks closely at how these are laid over one another (`stages.networks.blend`). Places are looked up,
+not drawn: so a small network moves sharp details.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from stages.apart import taken_apart
 from stages.config import HeadConfig, ModelConfig
 from stages.moved import bounded, cells, grown, looked_up, looked_up_at, shifts
+from stages.networks.blend import NUM_LAYERS, Blend
 from stages.networks.depths import Depths
 from stages.networks.expressions import Expressions, seen_at
 from stages.networks.layers import ResnetBlock
@@ -109,6 +111,7 @@ class Mover(nn.Module):
         self.depths = Depths(config)
         self.expressions = Expressions(config)
         self.light = Light(config)
+        self.blend = Blend()
 
     def look(self, portrait: Tensor, start: Tensor, own_tokens: Tensor) -> Looked:
         """At a portrait (3, s, s) in [0, 1] with its keypoints (K, 3) and tokens (T, D)."""
@@ -131,7 +134,7 @@ class Mover(nn.Module):
         """drawn (n, 3, s, s) keypoints in [0, 1]; the portrait's keypoints (K, 3) and tokens (T, D), and the frames'
         (n, K, 3) and (n, T, D); what `look` found. Places are calculated in fp32 whatever the weights are."""
         said = self.say(drawn, portrait, start, end, own_tokens, tokens, looked)
-        return composed(looked.apart.float(), said)
+        return composed(looked.apart.float(), said, self.blend)
 
     def say(
         self,
@@ -220,18 +223,30 @@ def meant(guess: Tensor, brightening: Tensor, said: Tensor, told: Tensor, start:
     )
 
 
-def composed(apart: Tensor, said: Said) -> Tensor:
-    """(n, 3, s, s) in [0, 1]: of a portrait taken apart (2, 3, s, s) the head looked up where the head leads and the
-    rest where what is beside it does, and paint, by their shares, lit and tinted."""
+def composed(apart: Tensor, said: Said, blend: Blend | None = None) -> Tensor:
+    """(n, 3, s, s) in [0, 1]: the layers of a portrait taken apart (2, 3, s, s), by their shares, which `blend` may
+    still correct."""
+    side, shares = apart.shape[-1], said.shares
+    pictures = layers(apart, said)
+    if blend is not None:
+        flat = rearrange(pictures, "n l c h w -> n (l c) h w")
+        small = F.interpolate(flat, size=shares.shape[-2:], mode="bilinear")
+        shares = blend(rearrange(small, "n (l c) h w -> n l c h w", l=NUM_LAYERS), shares)
+    # Shares are grown as logits: an outline then runs between cells.
+    return (pictures * grown(shares, side).softmax(1)[:, :, None]).sum(1).clamp(0, 1)
+
+
+def layers(apart: Tensor, said: Said) -> Tensor:
+    """(n, 3, 3, s, s): of a portrait taken apart (2, 3, s, s) the head looked up where the head leads and lit, the rest
+    where what is beside it does, and paint, all tinted."""
     side = apart.shape[-1]
     places = (rearrange(part, "n h w c -> n c h w") for part in (said.head, said.beside))
-    # Grown at once, as that is what takes the time. Shares are grown as logits: an outline then runs between cells.
-    wide = grown(torch.cat([*places, said.shares, said.gain, said.paint, said.tint], 1), side)
-    to_head, to_beside, shares, gain, paint, tint = wide.split((2, 2, 3, 3, 3, 3), dim=1)
-    head, beside, painted = shares.softmax(1).split(1, dim=1)
+    # Grown at once, as that is what takes the time.
+    wide = grown(torch.cat([*places, said.gain, said.paint, said.tint], 1), side)
+    to_head, to_beside, gain, paint, tint = wide.split((2, 2, 3, 3, 3), dim=1)
     # Most of what is beside the head does not move: a dearer look would show nothing more.
-    pictures = head * gain * looked_up_at(apart[0], to_head, "bicubic") + beside * looked_up_at(apart[1], to_beside)
-    return (pictures + painted * paint + tint).clamp(0, 1)
+    head, beside = looked_up_at(apart[0], to_head, "bicubic"), looked_up_at(apart[1], to_beside)
+    return torch.stack([head * gain, beside, paint], 1) + tint[:, None]
 
 
 def _shift(said: Tensor) -> Tensor:

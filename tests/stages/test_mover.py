@@ -11,6 +11,7 @@ import torch
 
 from stages.config import HeadConfig
 from stages.moved import moved, shifts
+from stages.networks.blend import Blend
 from stages.networks.expressions import NUM_TOLD
 from stages.networks.light import MAX_BRIGHTENING
 from stages.networks.mover import FINER, FIRST_SHARES, NUM_SAID, SPLIT, Said, composed, first_guess, meant
@@ -132,6 +133,17 @@ def test_an_outline_between_cells_is_sharper_than_a_cell():
     )
     mixed = ((ours[0, 20] > 0.05) & (ours[0, 20] < 0.95)).sum()
     assert 0 < mixed < 3 and ours[0, 20, 0] < 0.01 and ours[0, 20, -1] > 0.99
+
+
+@torch.no_grad()
+def test_a_blend_that_has_learned_nothing_changes_nothing_and_another_moves_shares_between_layers():
+    head, behind = torch.rand(2, 3, SIDE, SIDE)
+    told = calm(torch.zeros(1, 12, 12, 2), said(shares=torch.tensor([2.0, 0.0, -50.0])))
+    blend = Blend()
+    without = composed(torch.stack([head, behind]), told)
+    torch.testing.assert_close(composed(torch.stack([head, behind]), told, blend), without, rtol=0, atol=1e-3)
+    blend.conv_out.bias[:4] = -60.0
+    torch.testing.assert_close(composed(torch.stack([head, behind]), told, blend)[0], behind, rtol=0, atol=1e-3)
 
 
 def test_paint_covers_everything_where_it_has_all_the_share():

@@ -52,6 +52,9 @@ NUM_ENCODED_AT_ONCE = 10
 
 M = TypeVar("M", bound=nn.Module)
 
+FLAT = 1e-6
+"""Mean squared differences between neighbouring pixels below which a picture is not asked to have any."""
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -308,6 +311,15 @@ def image_loss(decoded: Tensor, target: Tensor, face_boxes: Tensor, face_weight:
     """Squared error of pictures (n, 3, s, s) in [-1, 1], more inside face and parts; boxes (n, 4, 4)."""
     weights = region_weights(face_boxes, target.shape[-1], target.shape[-1], face_weight, parts_weight)
     return (F.mse_loss(decoded, target, reduction="none") * weights).mean()
+
+
+def softness(pictures: Tensor, target: Tensor) -> Tensor:
+    """() by what share the squared differences between neighbouring pixels of pictures (n, 3, s, s) are smaller than
+    those of `target`; 0 where they are larger."""
+    energy, wanted = (
+        part.diff(dim=-1).square().mean() + part.diff(dim=-2).square().mean() for part in (pictures, target)
+    )
+    return (1 - energy / wanted.clamp(min=FLAT)).clamp(min=0)
 
 
 def resampled(scene: Scene, frames: slice) -> Scene:

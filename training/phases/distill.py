@@ -19,7 +19,7 @@ from stages.config import ModelConfig
 from stages.networks.vae import Vae
 from stages.schedule import clean_latents, signal_fractions
 from training.clips import Batch
-from training.phases.animation import AnimationPhase, Scene, image_loss, without_temporal
+from training.phases.animation import AnimationPhase, Scene, image_loss, softness, without_temporal
 from training.phases.phase import Draws, Update
 from training.recipes import DistillConfig
 
@@ -57,7 +57,8 @@ class AppearancePhase(AnimationPhase):
         face_boxes = rearrange(scene.boxes, "b f k c -> (b f) k c")
         pixel = image_loss(decoded, target, face_boxes, self.config.face_weight, self.config.parts_weight)
         metrics = {"pixel": pixel.detach(), "psnr_db": 10 * torch.log10(4 / F.mse_loss(decoded.detach(), target))}
-        loss = pixel
+        soft = softness(decoded, target)
+        loss, metrics["softness"] = pixel + self.config.sharpness_weight * soft, soft.detach()
         if self.perceptual is not None:
             distance = self.perceptual(decoded, target).mean()
             loss, metrics["perceptual"] = loss + self.config.perceptual_weight * distance, distance.detach()

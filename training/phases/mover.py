@@ -30,7 +30,7 @@ from training.clips import Batch
 from training.identity import sample_identity
 from training.known import FIRST_EXPRESSION
 from training.motion import from_array
-from training.phases.animation import AnimationPhase
+from training.phases.animation import AnimationPhase, softness
 from training.phases.phase import Draws, Update
 from training.places import BACKDROP, BODY, HEAD, INSIDE, NECK, head_shape, light_map, sources
 from training.recipes import MoverConfig
@@ -156,12 +156,15 @@ class MoverPhase(AnimationPhase):
         self, said: list[Said], looked: list[Looked], batch: Batch, images: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared, absolute and perceptual error of the moved portraits, weighted in face, eyes and mouth."""
-        moved = torch.cat([composed(seen.apart, one) for seen, one in zip(looked, said, strict=True)]) * 2 - 1
+        blend = self._mover().blend
+        moved = torch.cat([composed(seen.apart, one, blend) for seen, one in zip(looked, said, strict=True)]) * 2 - 1
         target = rearrange(images[:, 1:], "b f c h w -> (b f) c h w")
         weights = self._weights(batch, self.model.size_px)
         error = moved - target
         loss = ((error.square() + self.config.absolute_weight * error.abs()) * weights).mean()
-        metrics = {"psnr_db": 10 * torch.log10(4 / F.mse_loss(moved.detach(), target))}
+        soft = softness(moved, target)
+        loss = loss + self.config.sharpness_weight * soft
+        metrics = {"psnr_db": 10 * torch.log10(4 / F.mse_loss(moved.detach(), target)), "softness": soft.detach()}
         if self.perceptual is not None:
             distance = self.perceptual(moved, target).mean()
             loss, metrics["perceptual"] = loss + self.config.perceptual_weight * distance, distance.detach()

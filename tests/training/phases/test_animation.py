@@ -18,6 +18,7 @@ from training.phases.animation import (
     image_loss,
     noisy_motions,
     resampled,
+    softness,
     without_temporal,
     without_tokens,
 )
@@ -143,6 +144,15 @@ def filmed(batch: Batch):
     return dataclasses.replace(
         batch, motions=np.full_like(batch.motions, np.nan), canonical=np.full_like(batch.canonical, np.nan)
     )
+
+
+def test_softness_is_the_share_of_differences_between_neighbours_that_is_missing():
+    picture = torch.rand(2, 3, 8, 10)
+    mean = picture.mean((2, 3), keepdim=True)
+    assert softness(picture, picture) == softness(mean + 2 * (picture - mean), picture) == 0
+    torch.testing.assert_close(softness(mean + (picture - mean) / 2, picture), torch.tensor(0.75))
+    even = torch.zeros(2, 3, 8, 10)
+    assert softness(even, picture) == softness(even, even) == 1 and softness(picture, even) == 0
 
 
 def test_filmed_clips_need_no_truth(build, filmed: Batch):
