@@ -95,7 +95,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # As a product of matrices: in bfloat16 on CPUs with AMX, torch's convolution by steps of 4 is off by as much as
-        # its result, for channels that are no multiple of 32.
+        # its result for 16 and 24 channels.
         patch = self.proj.kernel_size[0]
         squares = rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=patch, q=patch)
         return F.linear(squares, self.proj.weight.flatten(1), self.proj.bias) + self.positions
