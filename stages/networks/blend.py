@@ -1,8 +1,8 @@
 """Blend: how a moved head, what lies beside it and paint are laid over one another, seen closely.
 
-Called by `stages.networks.mover`. That network sees cells of eight pixels, and an outline that it puts two pixels off
-costs as much as all the rest of a picture's errors. This one sees the three layers as they have come out, in cells of
-two pixels: which share of each is shown is then told from the colours on both sides.
+Called by `stages.networks.mover`. That network sees cells of eight pixels, and a quarter of its pictures' error lay
+along outlines. This one sees the three layers as they have come out, in cells of two pixels: which share of each is
+shown is then told from the colours on both sides.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Blend(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # Of every layer a share and three colours.
         self.conv_in = nn.Conv2d(4 * NUM_LAYERS * PATCH**2, WIDTH, 3, padding=1)
         self.middle = nn.ModuleList([nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(2)])
         self.conv_out = nn.Conv2d(WIDTH, NUM_LAYERS * PATCH**2, 3, padding=1)

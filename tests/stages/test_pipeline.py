@@ -147,9 +147,9 @@ def wrong_layers(network: nn.Module, max_error: float) -> tuple[list[str], list[
 @pytest.mark.skipif(not runs_bfloat16(), reason="this CPU does not multiply bfloat16")
 def test_no_layer_of_the_bundled_model_is_far_off_in_bfloat16():
     stages = load_stages(device="cpu", num_threads=1)
-    motion, denoise = stages.motion, stages.denoise
-    networks = (motion.keypoint_extractor, motion.motion_encoder, motion.pose_guider, denoise.denoising_unet)
-    watched = [wrong_layers(network, 0.02) for network in (*networks, stages.decode.vae)]
+    parts = [(stage, name) for stage, names in STAGE_NETWORKS.items() for name in names]
+    networks = {name: getattr(getattr(stages, stage), name) for stage, name in parts}
+    watched = [wrong_layers(network, 0.02) for network in networks.values()]
     portrait = load_portrait(next(iter(bundled_portraits().values())).read_bytes(), stages.config.size_px)
     for _ in animate(stages, portrait, [np.repeat(portrait[None], stages.config.window.chunk_frames, 0)] * 4, 0):
         pass
