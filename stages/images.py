@@ -21,8 +21,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def signed(pixels: Pixels) -> Tensor:
     """uint8 (n, h, w, 3) to float32 (n, 3, h, w) in [-1, 1]."""
-    scaled = torch.from_numpy(pixels.astype(np.float32) / 255)
-    return rearrange(scaled, "n h w c -> n c h w").contiguous() * 2 - 1
+    channels_first = rearrange(pixels, "n h w c -> n c h w").astype(np.float32, order="C")
+    return torch.from_numpy(channels_first).div_(255).mul_(2).sub_(1)
 
 
 def pixels_of(picture: Tensor) -> Pixels:

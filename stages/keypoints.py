@@ -102,18 +102,20 @@ def drawn_points(keypoints: Tensor, size_px: int, config: KeypointConfig) -> Ten
 
 def draw(keypoints: Tensor, size_px: int, config: KeypointConfig) -> Tensor:
     """Canvases (n, 3, size, size) in [0, 1]: a coloured disc per drawn keypoint, overlaps added (section 6.5)."""
-    canvas = keypoints.new_zeros((len(keypoints), size_px, size_px, 3), dtype=torch.float32)
     radius = torch.arange(-config.radius_px, config.radius_px + 1, device=keypoints.device)
     offsets = torch.cartesian_prod(radius, radius)
     disc = offsets[(offsets**2).sum(dim=-1) <= config.radius_px**2]
-    frames = torch.arange(len(keypoints), device=keypoints.device)[:, None].expand(-1, len(disc))
-    centres = drawn_points(keypoints, size_px, config)
-    for colour, centre in zip(config.colours, centres.unbind(dim=1), strict=True):
-        pixels = centre[:, None] + disc
-        inside = ((pixels >= 0) & (pixels < size_px)).all(dim=-1)
-        x, y = pixels[inside].unbind(dim=-1)
-        canvas[frames[inside], y, x] += torch.tensor(colour, dtype=torch.float32, device=canvas.device) / 255
-    return rearrange(canvas.clamp(0, 1), "n h w c -> n c h w").contiguous()
+    # Discs that are off the picture fall into a margin that is cut off.
+    margin = 2 * config.radius_px + 1
+    centres = drawn_points(keypoints, size_px, config).clamp(-config.radius_px - 1, size_px + config.radius_px)
+    x, y = (rearrange(centres, "n k c -> n k 1 c") + disc + margin).unbind(dim=-1)
+    frames = rearrange(torch.arange(len(keypoints), device=keypoints.device), "n -> n 1 1").expand_as(x)
+    colours = torch.tensor(config.colours, dtype=torch.float32, device=keypoints.device) / 255
+    wide = size_px + 2 * margin
+    canvas = keypoints.new_zeros((len(keypoints), wide, wide, 3), dtype=torch.float32)
+    canvas.index_put_((frames, y, x), rearrange(colours, "k c -> k 1 c").expand(*x.shape, 3), accumulate=True)
+    inside = slice(margin, margin + size_px)
+    return rearrange(canvas[:, inside, inside].clamp(0, 1), "n h w c -> n c h w").contiguous()
 
 
 def boxes(keypoints: Tensor, size_px: int, config: KeypointConfig) -> Tensor:

@@ -37,7 +37,8 @@ def looked_up(portrait: Tensor, coarse: Tensor) -> Tensor:
 def looked_up_at(portrait: Tensor, shift: Tensor, mode: str = "bilinear") -> Tensor:
     """The same with a shift (n, 2, s, s) for every pixel. Between pixels `bicubic` keeps more of what is fine, and may
     overshoot."""
-    grid = cells(portrait.shape[-1], portrait) + rearrange(shift, "n c h w -> n h w c")
+    across, down = cells(portrait.shape[-1], portrait).unbind(-1)
+    grid = torch.stack([across + shift[:, 0], down + shift[:, 1]], -1)
     pictures = portrait[None].expand(len(shift), -1, -1, -1)
     return F.grid_sample(pictures, grid, mode=mode, padding_mode="border", align_corners=False)
 

@@ -10,6 +10,7 @@ not drawn: so a small network moves sharp details.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,15 +154,14 @@ class Mover(nn.Module):
         )
         brightening = brightened(looked.light, found.normals)
         guessed = looked_up(portrait, guess) * grown(brightening.exp(), portrait.shape[-1])
-        still = (part.expand_as(guessed) for part in (portrait, looked.apart[1].float()))
-        shown = torch.cat([drawn.float(), guessed, *still], 1)
+        still = torch.stack([portrait, looked.apart[1].float()]).flatten(0, 1)[None]
         own, flat = own_tokens.float().expand_as(tokens).flatten(1), tokens.float().flatten(1)
         given = torch.cat([own, flat, start.expand_as(end).flatten(1), end.flatten(1)], 1)
         told = self.expressions.told(looked.fields, own_tokens, tokens)
         guessed_at = torch.cat(
             [rearrange(guess, "n h w c -> n c h w"), found.seen[:, None], found.normals, brightening], 1
         )
-        said = self._said(shown, guessed_at, given)
+        said = self._said((drawn, guessed, still), guessed_at, given)
         return meant(guess, brightening, said, told, start, self.body_shift(start, end))
 
     def body_shift(self, start: Tensor, end: Tensor) -> Tensor:
@@ -174,10 +174,13 @@ class Mover(nn.Module):
             x = F.silu(F.linear(x, self.body_in.weight.float(), self.body_in.bias.float()))
             return MAX_SHIFT * torch.tanh(F.linear(x, self.body_out.weight.float(), self.body_out.bias.float()))
 
-    def _said(self, shown: Tensor, guessed_at: Tensor, given: Tensor) -> Tensor:
-        """(n, NUM_SAID, g, g) in fp32, g being `FINER` times the grid of `guessed_at` (n, NUM_GUESSED, h, h)."""
+    def _said(self, shown: Sequence[Tensor], guessed_at: Tensor, given: Tensor) -> Tensor:
+        """(n, NUM_SAID, g, g) in fp32, of pictures (n or 1, ..., s, s); g being `FINER` times the grid of `guessed_at`
+        (n, NUM_GUESSED, h, h)."""
         dtype = self.conv_in.weight.dtype
-        picture = torch.cat([fold(shown.to(dtype), self.head.grid_px), guessed_at.to(dtype)], 1)
+        folded = (fold(part.to(dtype), self.head.grid_px) for part in shown)
+        parts = [part.expand(len(given), -1, -1, -1) for part in (*folded, guessed_at.to(dtype))]
+        picture = torch.cat(parts, 1)
         known = self.known(given.to(dtype))
         fine = self.down(F.silu(self.conv_in(picture)), known)
         coarse = self.halve(fine)
@@ -233,7 +236,11 @@ def composed(apart: Tensor, said: Said, blend: Blend | None = None) -> Tensor:
         small = F.interpolate(flat, size=shares.shape[-2:], mode="bilinear")
         shares = blend(rearrange(small, "n (l c) h w -> n l c h w", l=NUM_LAYERS), shares)
     # Shares are grown as logits: an outline then runs between cells.
-    return (pictures * grown(shares, side).softmax(1)[:, :, None]).sum(1).clamp(0, 1)
+    first, *others = zip(pictures.unbind(1), grown(shares, side).softmax(1).split(1, 1), strict=True)
+    result = first[0] * first[1]
+    for picture, share in others:
+        result = torch.addcmul(result, picture, share)
+    return result.clamp(0, 1)
 
 
 def layers(apart: Tensor, said: Said) -> Tensor:
