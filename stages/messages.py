@@ -50,7 +50,7 @@ class MotionState:
     own_keypoints: Floats | None = None
     """(K, 3) of the portrait, with which the first chunk begins; likewise."""
     depths: NDArray[np.float16] | None = None
-    """(4, h, h) of the portrait's head (`stages.networks.depths`), known from the first chunk on; likewise."""
+    """(5, h, h) of the portrait's head (`stages.networks.depths`), known from the first chunk on; likewise."""
     fields: NDArray[np.float16] | None = None
     """(fields, told, g, g) what expressions can do to this portrait (`stages.networks.expressions`); likewise."""
     light: NDArray[np.float16] | None = None

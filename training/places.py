@@ -5,6 +5,7 @@ Called by phase `mover`. Pictures are seen in g x g cells; places are [-1, 1] ac
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ BACKDROP, BODY, NECK, HEAD, INSIDE = range(5)
 the portrait's expression hides."""
 TOWARDS = np.array((1, 1, -1), np.float32)
 """From the drawn world's normals to those of `stages.surface`, whose z points away from the viewer."""
+MIRROR = np.diag((1.0, 1.0, -1.0))
+"""From a scene to what is seen of it from behind."""
 MIDDLING, DARKEST = 0.5, 0.02
 """A surface's colour, and the least light on it, by which brightness is told."""
 Map = NDArray[Any]
@@ -43,13 +46,33 @@ def sources(identity: Identity, portrait: Motion, motion: Motion, side: int) -> 
     return shift.astype(np.float32), kinds, (local @ turn[2]) * np.float32(portrait.scale)
 
 
-def head_shape(identity: Identity, motion: Motion, side: int) -> tuple[Map, Map, Map]:
+def head_shape(identity: Identity, motion: Motion, side: int) -> tuple[Map, Map, Map, Map]:
     """Depths (g, g) of the head in half picture sides, away from the viewer and relative to the head's own middle;
-    where it is, (g, g) bool, as depths mean nothing elsewhere; and unit normals (g, g, 3) of its surface, z < 0
-    towards the viewer."""
-    kinds, local, normals = _seen(make_scene(identity, motion, side), motion)
+    where it is, (g, g) bool, as depths mean nothing elsewhere; unit normals (g, g, 3) of its surface, z < 0
+    towards the viewer; and how much farther away (g, g) its back is."""
+    scene = make_scene(identity, motion, side)
+    kinds, local, normals = _seen(scene, motion)
     turn = rotation(motion.pitch, motion.yaw, motion.roll).astype(np.float32)
-    return (local @ turn[2]) * np.float32(motion.scale), kinds == HEAD, normals * TOWARDS
+    depth, is_head = (local @ turn[2]) * np.float32(motion.scale), kinds == HEAD
+    thickness = np.where(is_head, np.maximum(_back(scene) * np.float32(motion.scale) - depth, 0), 0)
+    return depth, is_head, normals * TOWARDS, thickness
+
+
+def _back(scene: Scene) -> Map:
+    """(g, g) how deep the back of the head lies, hair included, in head units; -inf where there is none."""
+    behind = replace(scene, turn=MIRROR @ scene.turn)
+    front, back = hair.hair_solids(scene.identity)
+    depth = np.full((scene.size, scene.size), -np.inf, np.float32)
+    for solids, melt in ((back, 0.05), (head_solids(scene.identity, scene.motion), 0.075), (front, 0.08)):
+        if not solids:
+            continue
+        seen = behind.see(solids, behind.turn, melt)
+        cover = seen.coverage
+        if solids is front:
+            strands = np.full_like(seen.height, 0.5)
+            cover = hair.hair_cover(scene.identity, behind.local(seen), seen, strands, scene.pixel)
+        depth = np.where(cover > 0.5, np.maximum(depth, seen.height), depth)
+    return depth
 
 
 def light_map(identity: Identity, side: int) -> tuple[Map, Map]:

@@ -1,5 +1,5 @@
-"""Depths: how far from the viewer lies every cell of the head in a portrait, hair included, which way it faces, and
-where that head ends.
+"""Depths: how far from the viewer lies every cell of the head in a portrait, hair included, which way it faces, how
+thick the head is there, and where it ends.
 
 Called by `stages.networks.mover`, once for a portrait, and by phase `mover`, which asks for it: of drawn people it is
 exactly known. What is learned is how the head differs from an ellipsoid around the keypoints.
@@ -27,8 +27,9 @@ MAX_ASIDE = 0.98
 
 
 class Depths(nn.Module):
-    """Portraits (n, 3, s, s) in [0, 1] and their keypoints (n, K, 3) to (n, 4, g, g): depths from the keypoints' mean,
-    in half picture sides, logits of belonging to the head, and x and y of where its surface faces (unit normals)."""
+    """Portraits (n, 3, s, s) in [0, 1] and their keypoints (n, K, 3) to (n, 5, g, g): depths from the keypoints' mean,
+    in half picture sides, logits of belonging to the head, x and y of where its surface faces (unit normals), and how
+    much farther away its back lies."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -45,7 +46,7 @@ class Depths(nn.Module):
         self.wider = ResnetBlock(2 * coarse, coarse, width, num_groups)
         self.finer = ResnetBlock(coarse + fine, fine, width, num_groups)
         self.norm_out = nn.GroupNorm(num_groups, fine)
-        self.conv_out = nn.Conv2d(fine, 4 * FINER**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(fine, 5 * FINER**2, 3, padding=1)
         for parameter in self.conv_out.parameters():
             nn.init.zeros_(parameter)
 
@@ -61,11 +62,14 @@ class Depths(nn.Module):
             coarse = block(coarse, known)
         x = self.wider(torch.cat([_as_wide(coarse, middle), middle], 1), known)
         x = self.finer(torch.cat([_as_wide(x, fine), fine], 1), known)
-        further, is_head, aside = unfold(self.conv_out(F.silu(self.norm_out(x))), FINER).float().split((1, 1, 2), 1)
+        told = unfold(self.conv_out(F.silu(self.norm_out(x))), FINER).float()
+        further, is_head, aside, thicker = told.split((1, 1, 2, 1), 1)
         unit = rearrange(spread(keypoints), "n -> n 1 1 1")
         first = ellipsoid(keypoints, FINER * side, self.head)
         depth = first + unit * further.clamp(-MAX_DEPTH, MAX_DEPTH)
-        return torch.cat([depth, is_head, facing(first[:, 0], aside)], 1)
+        centre = unit * self.head.centre[2]
+        thickness = (2 * (centre - first) + unit * thicker.clamp(-MAX_DEPTH, MAX_DEPTH)).clamp(min=0)
+        return torch.cat([depth, is_head, facing(first[:, 0], aside), thickness], 1)
 
 
 def facing(depth: Tensor, aside: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ MAX_BRIGHTENING = 1.5
 
 
 class Light(nn.Module):
-    """Portraits (n, 3, s, s) in [0, 1], their keypoints (n, K, 3) and shapes (n, 4, g, g) of `stages.networks.depths`
+    """Portraits (n, 3, s, s) in [0, 1], their keypoints (n, K, 3) and shapes (n, 5, g, g) of `stages.networks.depths`
     to logarithms of brightness (n, 3, LIGHT_CELLS, LIGHT_CELLS)."""
 
     def __init__(self, config: ModelConfig):
@@ -73,5 +73,5 @@ def _brightness(light: Tensor, normals: Tensor) -> Tensor:
 
 def _shown(shapes: Tensor, portraits: Tensor) -> Tensor:
     """(n, 3, s, s): whether there is a head, and x and y of where it faces."""
-    told = torch.cat([shapes[:, 1:2].sigmoid(), shapes[:, 2:]], 1)
+    told = torch.cat([shapes[:, 1:2].sigmoid(), shapes[:, 2:4]], 1)
     return F.interpolate(told.float(), portraits.shape[-2:], mode="nearest")

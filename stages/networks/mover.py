@@ -27,7 +27,7 @@ from stages.networks.expressions import Expressions, seen_at
 from stages.networks.layers import ResnetBlock
 from stages.networks.light import MAX_BRIGHTENING, Light, brightened
 from stages.networks.vae import fold, unfold
-from stages.surface import Turned, turned
+from stages.surface import Turned, covered, turned
 
 SPLIT = (2, 2, 3, 3, 3, 1, 1)
 """Channels that the network says per place: shifts of the head, of what is beside it, paint, how much of each, tint,
@@ -52,7 +52,7 @@ class Looked:
     """What a look at a portrait has found, for all frames."""
 
     depths: Tensor
-    """(4, h, h) as `stages.networks.depths` gives them."""
+    """(5, h, h) as `stages.networks.depths` gives them."""
     fields: Tensor
     """(fields, told, g, g) as `stages.networks.expressions` gives them."""
     light: Tensor
@@ -83,6 +83,8 @@ class Said:
     """(n, 3, g, g) how many times as bright the head is here, since it faces another way than in the portrait."""
     is_body: Tensor
     """(n, 1, g, g) logits of moving as the body does, for what is beside the head."""
+    cover: Tensor
+    """(n, 1, g, g) how much of a cell the head covers, turned as a solid."""
 
 
 class Mover(nn.Module):
@@ -162,7 +164,9 @@ class Mover(nn.Module):
             [rearrange(guess, "n h w c -> n c h w"), found.seen[:, None], found.normals, brightening], 1
         )
         said = self._said((drawn, guessed, still), guessed_at, given)
-        return meant(guess, brightening, said, told, start, self.body_shift(start, end))
+        depth, is_head, _, _, thickness = looked.depths.float()
+        cover = covered(depth, thickness, is_head, start, end, guess.shape[1])
+        return meant(guess, brightening, said, told, start, self.body_shift(start, end), cover)
 
     def body_shift(self, start: Tensor, end: Tensor) -> Tensor:
         """(n, 2) how far away lies the place in the portrait that any cell of the body shows, from the portrait's
@@ -193,17 +197,25 @@ class Mover(nn.Module):
 
 def first_guess(depths: Tensor, start: Tensor, end: Tensor, side: int, head: HeadConfig) -> tuple[Tensor, Turned]:
     """(n, side, side, 2) how far from every cell of n frames lies the place in the portrait that it shows, and what of
-    it is known by the portrait's depths (4, h, h); the rest turns as an ellipsoid."""
-    depth, is_head, across, down = depths
+    it is known by the portrait's depths (5, h, h); the rest turns as an ellipsoid."""
+    depth, is_head, across, down, _ = depths
     towards = -(1 - across.square() - down.square()).clamp(min=0).sqrt()
     found = turned(depth, torch.stack([across, down, towards], -1), is_head > 0, start, end, side)
     return torch.where(found.seen[..., None] > 0, found.shift, shifts(start, end, side, head)), found
 
 
-def meant(guess: Tensor, brightening: Tensor, said: Tensor, told: Tensor, start: Tensor, body_shift: Tensor) -> Said:
+def meant(
+    guess: Tensor,
+    brightening: Tensor,
+    said: Tensor,
+    told: Tensor,
+    start: Tensor,
+    body_shift: Tensor,
+    cover: Tensor,
+) -> Said:
     """What the network's channels (n, NUM_SAID, g, g) mean, given the first guess (n, h, h, 2), what light does to it
-    (n, 3, h, h), what `Expressions.told` says of the portrait, whose keypoints are `start`, and how the body moves
-    (n, 2)."""
+    (n, 3, h, h), what `Expressions.told` says of the portrait, whose keypoints are `start`, how the body moves (n, 2),
+    and what the head covers (n, h, h)."""
     head, beside, paint, shares, tint, more, is_body = said.split(SPLIT, dim=1)
     first = torch.tensor(FIRST_SHARES, device=said.device)[:, None, None]
     fine = rearrange(grown(rearrange(guess, "n h w c -> n c h w"), said.shape[-1]), "n c h w -> n h w c")
@@ -223,6 +235,7 @@ def meant(guess: Tensor, brightening: Tensor, said: Tensor, told: Tensor, start:
         torch.tanh(tint),
         gain,
         is_body,
+        grown(rearrange(cover, "n h w -> n 1 h w"), said.shape[-1]),
     )
 
 
@@ -234,7 +247,7 @@ def composed(apart: Tensor, said: Said, blend: Blend | None = None) -> Tensor:
     if blend is not None:
         flat = rearrange(pictures, "n l c h w -> n (l c) h w")
         small = F.interpolate(flat, size=shares.shape[-2:], mode="bilinear")
-        shares = blend(rearrange(small, "n (l c) h w -> n l c h w", l=NUM_LAYERS), shares)
+        shares = blend(rearrange(small, "n (l c) h w -> n l c h w", l=NUM_LAYERS), shares, said.cover)
     # Shares are grown as logits: an outline then runs between cells.
     first, *others = zip(pictures.unbind(1), grown(shares, side).softmax(1).split(1, 1), strict=True)
     result = first[0] * first[1]

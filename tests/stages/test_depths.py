@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from einops import rearrange
 
 from stages.config import HeadConfig
+from stages.moved import spread
 from stages.networks.depths import FINER, MAX_ASIDE, Depths, ellipsoid, facing
 from stages.surface import directions
 from training.recipes import smoke_model
@@ -25,7 +27,9 @@ def depths(moving_stages) -> Depths:
 def test_untrained_depths_are_an_ellipsoid_of_which_nothing_is_known():
     config = smoke_model()
     fresh, points = Depths(config), torch.randn(2, config.keypoints.num_keypoints, 3) * 0.3
-    depth, is_head, *aside = fresh(torch.rand(2, 3, 64, 64), points).unbind(1)
+    depth, is_head, *aside, thickness = fresh(torch.rand(2, 3, 64, 64), points).unbind(1)
+    middle = rearrange(spread(points) * config.pose_guider.head.centre[2], "n -> n 1 1")
+    torch.testing.assert_close(depth + thickness - middle, middle - depth)
     torch.testing.assert_close(depth, ellipsoid(points, 16 * FINER, config.pose_guider.head)[:, 0])
     assert not (is_head > 0).any()
     faced = torch.stack([directions(one) for one in depth])
@@ -54,7 +58,7 @@ def test_an_ellipsoid_is_nearest_in_its_middle_and_as_deep_as_its_outline_around
 def test_picture_and_keypoints_decide_and_portraits_do_not_see_each_other(depths):
     pictures, points = torch.rand(2, 3, SIDE, SIDE), torch.stack([KEYPOINTS, KEYPOINTS + 0.1])
     both = depths(pictures, points)
-    assert both.shape == (2, 4, 12 * FINER, 12 * FINER)
+    assert both.shape == (2, 5, 12 * FINER, 12 * FINER)
     torch.testing.assert_close(both[1:], depths(pictures[1:], points[1:]), rtol=0, atol=1e-4)
     for changed in (depths(pictures.flip(0), points), depths(pictures, points.flip(0))):
         assert (changed - both).abs().max() > 1e-3

@@ -40,10 +40,15 @@ def even(guess: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(guess), 3, *guess.shape[1:3])
 
 
+def uncovered(guess: torch.Tensor) -> torch.Tensor:
+    """No head anywhere."""
+    return torch.zeros(guess.shape[:3])
+
+
 def calm(guess: torch.Tensor, channels: torch.Tensor, body: tuple[float, float] = (0.0, 0.0)) -> Said:
     """What is meant where expressions do nothing and the body moves by `body`."""
     told, shift = torch.zeros(len(guess), NUM_TOLD, 8, 8), torch.tensor([body])
-    return meant(guess, even(guess), channels, told, some(1, 9, 3), shift)
+    return meant(guess, even(guess), channels, told, some(1, 9, 3), shift, uncovered(guess))
 
 
 def shown(portrait: torch.Tensor, said: Said) -> torch.Tensor:
@@ -174,7 +179,8 @@ def test_an_expression_pulls_and_paints_what_its_part_of_the_portrait_becomes():
     told[:, 0], told[:, 2], told[:, 3] = 0.1, 40.0, 9.0
     guess = torch.zeros(1, 12, 12, 2)
     still, pulled = (
-        meant(guess, even(guess), said(), part, start, torch.zeros(1, 2)) for part in (torch.zeros_like(told), told)
+        meant(guess, even(guess), said(), part, start, torch.zeros(1, 2), uncovered(guess))
+        for part in (torch.zeros_like(told), told)
     )
     moved_by = pulled.head - still.head
     assert moved_by[0, 6, 6, 0] > 0.02 and (moved_by[0, 0] == 0).all() and (moved_by[..., 1] == 0).all()
@@ -218,7 +224,8 @@ def test_what_comes_to_face_the_light_is_brighter_and_the_network_says_by_how_mu
     all_head = torch.tensor([30.0, 0.0, 0.0])
     for more, exponent in ((0.0, 0.2), (1.0, 0.4), (-1.0, 0.0), (1e30, MAX_BRIGHTENING)):
         channels = said(shares=all_head, more=torch.tensor([more]))
-        [ours] = shown(portrait, meant(guess, gain, channels, told, some(1, 9, 3), torch.zeros(1, 2)))
+        meaning = meant(guess, gain, channels, told, some(1, 9, 3), torch.zeros(1, 2), uncovered(guess))
+        [ours] = shown(portrait, meaning)
         torch.testing.assert_close(ours, (portrait * math.exp(exponent)).clamp(max=1), rtol=0, atol=1e-4)
 
 
@@ -226,7 +233,7 @@ def test_what_comes_to_face_the_light_is_brighter_and_the_network_says_by_how_mu
 def test_what_a_portrait_does_not_show_turns_as_an_ellipsoid(moving_stages):
     head = moving_stages.config.pose_guider.head
     start, end, flat = some(1, 9, 3), some(2, 2, 9, 3), torch.zeros(24, 24)
-    depths = torch.stack([flat, flat - 1, flat, flat])
+    depths = torch.stack([flat, flat - 1, flat, flat, flat])
     guess, found = first_guess(depths, start, end, 12, head)
     assert not found.seen.any() and torch.equal(guess, shifts(start, end, 12, head))
     depths[1, 8:16, 8:16] = 1

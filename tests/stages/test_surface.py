@@ -9,10 +9,10 @@ from torch import Tensor
 from stages.config import HeadConfig
 from stages.keypoints import rotation
 from stages.moved import bounded, shifts
-from stages.surface import directions, splatted, turned
+from stages.surface import covered, directions, splatted, turned
 from training.identity import sample_identity
 from training.motion import sample_motion, sample_portrait_motion
-from training.places import HEAD, head_shape, sources
+from training.places import HEAD, INSIDE, head_shape, sources
 from training.world import project, true_pose
 
 SIDE = 32
@@ -26,7 +26,7 @@ def places_off(seed: int) -> tuple[float, float, float]:
     rng, person = np.random.default_rng(seed), sample_identity(700 + seed)
     portrait, motion = sample_portrait_motion(rng), sample_motion(rng, 0.7)
     start, end = (torch.from_numpy(project(true_pose(person, one)))[0] for one in (portrait, motion))
-    depth, is_head, facing = (torch.from_numpy(part) for part in head_shape(person, portrait, 2 * SIDE))
+    depth, is_head, facing = (torch.from_numpy(part) for part in head_shape(person, portrait, 2 * SIDE)[:3])
     ours = turned(depth - start.mean(0)[2], facing, is_head, start, end[None], SIDE)
     true, kinds, _ = (torch.from_numpy(part) for part in sources(person, portrait, motion, SIDE))
     seen = (ours.seen[0] > 0) & (kinds == HEAD)
@@ -97,6 +97,54 @@ def test_off_the_picture_or_without_a_head_nothing_is_seen():
     for gone in (far, none):
         assert not gone.seen.any() and not gone.shift.any()
     assert all(part.isfinite().all() for part in (senseless.shift, senseless.seen, senseless.normals))
+
+
+def outlines_off(seed: int) -> tuple[float, float, float]:
+    """Shares of the true head that are covered wrongly: by its solid, by that as flat as a mask, and unmoved."""
+    rng, person = np.random.default_rng(seed), sample_identity(700 + seed)
+    portrait, motion = sample_portrait_motion(rng), sample_motion(rng, 0.7)
+    start, end = (torch.from_numpy(project(true_pose(person, one)))[0] for one in (portrait, motion))
+    depth, is_head, _, thickness = (torch.from_numpy(part) for part in head_shape(person, portrait, 2 * SIDE))
+    depth, logits = depth - start.mean(0)[2], torch.where(is_head, 30.0, -30.0)
+    kinds = torch.from_numpy(sources(person, portrait, motion, 2 * SIDE)[1])
+    true = ((kinds == HEAD) | (kinds == INSIDE)).float()
+    mean_depth = torch.full_like(depth, depth[is_head].mean().item())
+    solid = covered(depth, thickness, logits, start, end[None], 2 * SIDE)[0]
+    flat = covered(mean_depth, torch.full_like(depth, 0.02), logits, start, end[None], 2 * SIDE)[0]
+    off = [(((cover > 0.5) != (true > 0)).sum() / true.sum()).item() for cover in (solid, flat, is_head.float())]
+    return off[0], off[1], off[2]
+
+
+def test_a_solid_head_covers_what_the_drawn_one_does_and_a_flat_one_does_not():
+    solid, flat, unmoved = np.mean([outlines_off(seed) for seed in range(8)], 0)
+    assert solid < 0.05
+    assert solid < 0.4 * flat and solid < 0.3 * unmoved
+
+
+def test_with_its_own_keypoints_a_head_covers_itself_and_aside_what_is_there():
+    depth, is_head, start = surface()
+    logits, ends = torch.where(is_head, 30.0, -30.0), torch.stack([start, start + torch.tensor([0.25, 0.0, 0.0])])
+    still, aside = covered(depth, torch.full_like(depth, 0.4), logits, start, ends, 16)
+    torch.testing.assert_close(still, is_head.float(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(aside, still.roll(2, dims=1), rtol=0, atol=1e-3)
+
+
+def test_a_thicker_head_covers_more_when_it_turns():
+    depth, is_head, start = surface()
+    logits = torch.where(is_head, 30.0, -30.0)
+    end = (start - start.mean(0)) @ rotation(torch.tensor([[0.0, 40.0, 0.0]]))[0] + start.mean(0)
+    thin, thick = (covered(depth, torch.full_like(depth, by), logits, start, end[None], 16) for by in (0.1, 0.6))
+    assert thick.sum() > 1.2 * thin.sum()
+
+
+def test_covers_are_numbers_whatever_is_asked_for():
+    depth, is_head, start = surface()
+    nothing, logits = torch.full_like(depth, -30.0), torch.where(is_head, 30.0, -30.0)
+    edge_on = (start - start.mean(0)) @ rotation(torch.tensor([[0.0, 90.0, 0.0]]))[0] + start.mean(0)
+    assert covered(depth, depth, nothing, start, start[None], 16).max() < 1e-6
+    for end in (edge_on, bounded(torch.full((4, 3), float("nan"))), torch.zeros(4, 3)):
+        cover = covered(depth, depth + 0.3, logits, start, end[None], 16)
+        assert cover.isfinite().all() and cover.min() >= 0 and cover.max() <= 1
 
 
 def test_what_is_nearer_hides_what_is_behind():

@@ -62,7 +62,7 @@ def test_the_backdrop_stays_and_the_body_moves_as_one(seed: int):
 
 def test_the_nose_is_nearest_and_where_it_is_the_depth_is_its_keypoints():
     person, portrait = sample_identity(603), Motion(pitch=4, yaw=-8, roll=3, x=0.05, y=-0.04, scale=0.6)
-    depth, is_head, normals = head_shape(person, portrait, 96)
+    depth, is_head, normals, _ = head_shape(person, portrait, 96)
     [points] = project(true_pose(person, portrait))
     column, row = ((points[12, :2] + 1) * 48).astype(int)
     assert is_head[row, column] and not is_head[0].any()
@@ -72,6 +72,20 @@ def test_the_nose_is_nearest_and_where_it_is_the_depth_is_its_keypoints():
     assert (normals[is_head][:, 2] < 0).all() and not normals[~is_head & (depth == 0)].any()
     left, right = (normals[row, column + aside][0] for aside in (-16, 16))
     assert left < right
+
+
+def test_behind_every_part_of_the_head_lies_its_back_which_is_the_same_from_behind():
+    for seed in (605, 606, 607):
+        person, portrait = sample_identity(seed), Motion(scale=0.6)
+        depth, is_head, _, thickness = head_shape(person, portrait, 64)
+        assert (thickness >= 0).all() and not thickness[~is_head].any()
+        middle = thickness[24:32, 28:36]
+        assert middle.min() > 0.6 * 1.4 and middle.max() < 0.6 * 2.6
+        mirrored = dataclasses.replace(portrait, yaw=180.0)
+        front, is_behind, _, _ = head_shape(person, mirrored, 64)
+        both = is_head & is_behind[:, ::-1]
+        off = (depth + thickness) - (-front[:, ::-1])
+        assert np.median(np.abs(off[both])) < 0.01
 
 
 def test_light_is_told_by_where_surfaces_face():

@@ -54,6 +54,8 @@ OUTLINE_WEIGHT = 3.0
 """Of the error of which cells are of the head, beside that of depths in cells."""
 FACING_WEIGHT = 3.0
 """Of the error of where the surface faces, in lengths of its normal, beside that of depths in cells."""
+THICKNESS_WEIGHT = 0.3
+"""Of the error of how thick the head is, in cells of which it measures many, beside that of depths in cells."""
 LIGHT_WEIGHT = 10.0
 """Of the squared error of light, in logarithms of brightness, beside that of depths in cells."""
 DEEPER = 0.05
@@ -111,7 +113,7 @@ class MoverPhase(AnimationPhase):
         return Update(loss, metrics)
 
     def _look(self, images: Tensor, keypoints: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, list[Looked]]:
-        """Shapes (b, 1 + f, 4, g, g) and light (b, 1 + f, 3, m, m) of all pictures (b, 1 + f, 3, s, s) in [0, 1], and
+        """Shapes (b, 1 + f, 5, g, g) and light (b, 1 + f, 3, m, m) of all pictures (b, 1 + f, 3, s, s) in [0, 1], and
         what is found in portraits."""
         mover, points = self._mover(), bounded(keypoints)
         pictures = [rearrange(part, "b f ... -> (b f) ...") for part in (images, points)]
@@ -172,8 +174,8 @@ class MoverPhase(AnimationPhase):
 
 
 def shape_loss(said: Tensor, keypoints: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Errors of what `stages.networks.depths` says of all pictures, (b, 1 + f, 4, g, g), whose keypoints are
-    (b, 1 + f, K, 3): of depths (in cells), of which cells are of the head, and of where they face."""
+    """Errors of what `stages.networks.depths` says of all pictures, (b, 1 + f, 5, g, g), whose keypoints are
+    (b, 1 + f, K, 3): of depths and thickness (in cells), of which cells are of the head, and of where they face."""
     assert batch.people is not None
     side = said.shape[-1]
     people = [sample_identity(int(number)) for number in batch.people]
@@ -182,17 +184,22 @@ def shape_loss(said: Tensor, keypoints: Tensor, batch: Batch) -> tuple[Tensor, d
         for person, motions in zip(people, batch.motions, strict=True)
         for row in motions
     ]
-    depth, is_head, normals = (torch.from_numpy(np.stack(part)).to(said.device) for part in zip(*told, strict=True))
-    ours, logits, *aside = rearrange(said, "b f c h w -> c (b f) h w")
+    depth, is_head, normals, thickness = (
+        torch.from_numpy(np.stack(part)).to(said.device) for part in zip(*told, strict=True)
+    )
+    ours, logits, across, down, thick = rearrange(said, "b f c h w -> c (b f) h w")
     middle = rearrange(bounded(keypoints).mean(2)[..., 2], "b f -> (b f) 1 1")
-    off = (ours - (depth - middle)) * side / 2
-    error = F.smooth_l1_loss(off, torch.zeros_like(off), beta=DEPTHS_SQUARED_WITHIN, reduction="none")
     num_cells = is_head.sum().clamp(min=1)
-    error = (error * is_head).sum() / num_cells
+
+    def cells_deep(off: Tensor) -> Tensor:
+        error = F.smooth_l1_loss(off * side / 2, torch.zeros_like(off), beta=DEPTHS_SQUARED_WITHIN, reduction="none")
+        return (error * is_head).sum() / num_cells
+
+    error, thick_error = cells_deep(ours - (depth - middle)), cells_deep(thick - thickness)
     outline = F.binary_cross_entropy_with_logits(logits, is_head.float())
-    turned = ((torch.stack(aside, -1) - normals[..., :2]).square().sum(-1) * is_head).sum() / num_cells
-    metrics = {"depths": error, "outline": outline, "facing": turned}
-    loss = error + OUTLINE_WEIGHT * outline + FACING_WEIGHT * turned
+    turned = ((torch.stack([across, down], -1) - normals[..., :2]).square().sum(-1) * is_head).sum() / num_cells
+    metrics = {"depths": error, "thickness": thick_error, "outline": outline, "facing": turned}
+    loss = error + THICKNESS_WEIGHT * thick_error + OUTLINE_WEIGHT * outline + FACING_WEIGHT * turned
     return loss, {name: part.detach() for name, part in metrics.items()}
 
 
@@ -291,7 +298,7 @@ def true_places(batch: Batch, index: int, side: int) -> tuple[np.ndarray, np.nda
     assert batch.people is not None
     person = sample_identity(int(batch.people[index]))
     portrait, *motions = (from_array(row) for row in batch.motions[index])
-    depth_before, was_head, _ = head_shape(person, portrait, side)
+    depth_before, was_head, _, _ = head_shape(person, portrait, side)
     told = [sources(person, portrait, motion, side) for motion in motions]
     shifts, kinds, depth = (np.stack(part) for part in zip(*told, strict=True))
     column = repeat(np.arange(side), "g -> h g", h=side)

@@ -123,7 +123,8 @@ def perfect(batch: Batch) -> list[Said]:
         shares = rearrange(50.0 * F.one_hot(shown_by.clamp(min=0), 3), "f h w c -> f c h w")
         colours = torch.zeros(5, 3, 16, 16)
         is_body = rearrange(torch.where(kinds == BODY, 60.0, -60.0), "f h w -> f 1 h w")
-        said.append(Said(shifts, shifts, colours, shares, colours, torch.ones(5, 3, 16, 16), is_body))
+        covered = (shares[:, :1] > 0).float()
+        said.append(Said(shifts, shifts, colours, shares, colours, torch.ones(5, 3, 16, 16), is_body, covered))
     return said
 
 
@@ -169,8 +170,8 @@ def test_without_a_picture_loss_pictures_are_not_composed(build, batch: Batch):
     ("part", "other", "metrics"),
     [
         ("expressions", "depth", {"expressions", "opened"}),
-        ("depths", "expression", {"depths", "outline", "facing", "light"}),
-        ("light", "expression", {"depths", "outline", "facing", "light"}),
+        ("depths", "expression", {"depths", "thickness", "outline", "facing", "light"}),
+        ("light", "expression", {"depths", "thickness", "outline", "facing", "light"}),
     ],
 )
 def test_what_is_seen_in_portraits_can_be_learned_alone(build, learn, batch: Batch, part, other, metrics):
@@ -190,8 +191,8 @@ def test_perfect_shapes_cost_nothing_wherever_the_keypoints_middle_is(batch: Bat
         for number, motions in zip(batch.people, batch.motions, strict=True)
         for row in motions
     ]
-    depth, is_head, normals = (torch.from_numpy(np.stack(part)) for part in zip(*told, strict=True))
-    parts = [depth - 0.3, torch.where(is_head, 60.0, -60.0), normals[..., 0], normals[..., 1]]
+    depth, is_head, normals, thickness = (torch.from_numpy(np.stack(part)) for part in zip(*told, strict=True))
+    parts = [depth - 0.3, torch.where(is_head, 60.0, -60.0), normals[..., 0], normals[..., 1], thickness]
     said = rearrange(parts, "c (b f) h w -> b f c h w", b=2)
     there = torch.tensor([0.0, 0.0, 0.3]).expand(2, 6, 9, 3)
     assert float(shape_loss(said, there, batch)[0]) < 1e-6
@@ -199,6 +200,8 @@ def test_perfect_shapes_cost_nothing_wherever_the_keypoints_middle_is(batch: Bat
     assert float(error) == pytest.approx(float(metrics["depths"])) and 1 < error < 0.3 * 16 / 2
     said[:, :, 2] += 0.5
     assert float(shape_loss(said, there, batch)[1]["facing"]) == pytest.approx(0.25)
+    said[:, :, 4] += 0.25
+    assert float(shape_loss(said, there, batch)[1]["thickness"]) == pytest.approx(0.25 * 16 / 2 - 0.5, abs=1e-4)
 
 
 def test_the_true_light_costs_nothing_and_that_of_others_does(batch: Batch):
