@@ -61,18 +61,30 @@ def head_shape(identity: Identity, motion: Motion, side: int) -> tuple[Map, Map,
 def _back(scene: Scene) -> Map:
     """(g, g) how deep the back of the head lies, hair included, in head units; -inf where there is none."""
     behind = replace(scene, turn=MIRROR @ scene.turn)
-    front, back = hair.hair_solids(scene.identity)
-    depth = np.full((scene.size, scene.size), -np.inf, np.float32)
-    for solids, melt in ((back, 0.05), (head_solids(scene.identity, scene.motion), 0.075), (front, 0.08)):
-        if not solids:
-            continue
-        seen = behind.see(solids, behind.turn, melt)
-        cover = seen.coverage
-        if solids is front:
-            strands = np.full_like(seen.height, 0.5)
-            cover = hair.hair_cover(scene.identity, behind.local(seen), seen, strands, scene.pixel)
-        depth = np.where(cover > 0.5, np.maximum(depth, seen.height), depth)
-    return depth
+    layers = (_back_hair(behind), _bare_head(behind), _front_hair(behind))
+    return np.stack([np.where(cover > 0.5, seen.height, -np.inf) for seen, cover in filter(None, layers)]).max(0)
+
+
+def _back_hair(scene: Scene) -> tuple[Surface, Map] | None:
+    """Surface and cover (g, g) of the hair behind everything, where there is any."""
+    _, back = hair.hair_solids(scene.identity)
+    seen = scene.see(back, scene.turn, 0.05) if back else None
+    return None if seen is None else (seen, seen.coverage)
+
+
+def _bare_head(scene: Scene) -> tuple[Surface, Map]:
+    seen = scene.see(head_solids(scene.identity, scene.motion), scene.turn, 0.075)
+    return seen, seen.coverage
+
+
+def _front_hair(scene: Scene) -> tuple[Surface, Map] | None:
+    front, _ = hair.hair_solids(scene.identity)
+    if not front:
+        return None
+    seen = scene.see(front, scene.turn, 0.08)
+    # Strands only fray its edges, by less than a cell.
+    strands = np.full_like(seen.height, 0.5)
+    return seen, hair.hair_cover(scene.identity, scene.local(seen), seen, strands, scene.pixel)
 
 
 def light_map(identity: Identity, side: int) -> tuple[Map, Map]:
@@ -98,7 +110,6 @@ def _seen(scene: Scene, portrait: Motion) -> tuple[Map, Map, Map]:
     identity = scene.identity
     kinds = np.full((scene.size, scene.size), BACKDROP)
     local, normals = (np.zeros((scene.size, scene.size, 3), np.float32) for _ in range(2))
-    front, back = hair.hair_solids(identity)
 
     def lay(surface: Surface, cover: Map, kind: int) -> None:
         shown = cover > 0.5
@@ -106,22 +117,17 @@ def _seen(scene: Scene, portrait: Motion) -> tuple[Map, Map, Map]:
         if kind == HEAD:
             local[shown], normals[shown] = scene.local(surface)[shown], surface.normal[shown]
 
-    if back:
-        behind = scene.see(back, scene.turn, 0.05)
-        lay(behind, behind.coverage, HEAD)
+    if (back := _back_hair(scene)) is not None:
+        lay(*back, HEAD)
     for solids, kind in (([neck(scene)], NECK), (body_solids(identity, *scene.torso), BODY)):
         seen = scene.see(solids, VIEWER, 0.12)
         lay(seen, seen.coverage, kind)
-    head = scene.see(head_solids(identity, scene.motion), scene.turn, 0.075)
-    lay(head, head.coverage, HEAD)
-    skin = head.coverage > 0.5
+    head, bare = _bare_head(scene)
+    lay(head, bare, HEAD)
+    skin = bare > 0.5
     local[skin], inside = unexpressed(identity, portrait, scene.motion, local[skin])
     kinds[skin] = np.where(inside, INSIDE, HEAD)
-    if front:
-        over = scene.see(front, scene.turn, 0.08)
-        above = np.where(head.coverage > 0.02, over.height > head.height, True)
-        places = scene.local(over)
-        # Strands only fray its edges, by less than a cell.
-        cover = hair.hair_cover(identity, places, over, np.full_like(over.height, 0.5), scene.pixel)
-        lay(over, cover * above, HEAD)
+    if (front := _front_hair(scene)) is not None:
+        over, cover = front
+        lay(over, cover * np.where(bare > 0.02, over.height > head.height, True), HEAD)
     return kinds, local, normals
