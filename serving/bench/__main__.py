@@ -45,7 +45,7 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
 
 def server_settings(args: argparse.Namespace, target_fps: float | None) -> dict[str, Any]:
     """Of an own server; None: its own target rate."""
-    settings = {"num_replicas": NUM_REPLICAS, "spare_members": args.spare_members}
+    settings = {"weights": args.weights, "num_replicas": NUM_REPLICAS, "spare_members": args.spare_members}
     target_fps = args.target_fps or target_fps
     return settings if target_fps is None else settings | {"target_fps": target_fps}
 
@@ -122,6 +122,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--url", help="of a running server's stream, such as ws://127.0.0.1:8000/v1/stream")
     parser.add_argument("--haproxy", action="store_true", help="Serve's HAProxy instead of its Python proxy")
+    parser.add_argument(
+        "--weights",
+        type=bench_server.weights_setting,
+        default="tiny",
+        metavar="FOLDER",
+        help="of the server (default: the bundled)",
+    )
     parser.add_argument("--spare-members", type=int, default=0, metavar="N", help="warm stand-ins (default 0)")
     parser.add_argument(
         "--target-fps",

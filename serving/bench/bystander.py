@@ -176,6 +176,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=150.0, help="after the kill (default 150)")
     parser.add_argument("--fps", type=float, default=3.0, help="driving frames a second of each session (default 3)")
+    parser.add_argument(
+        "--weights",
+        type=bench_server.weights_setting,
+        default="tiny",
+        metavar="FOLDER",
+        help="of the server (default: the bundled)",
+    )
     parser.add_argument("--haproxy", action="store_true", help="Serve's HAProxy instead of its Python proxy")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
@@ -190,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Its server must not outlive it.
     print("starting a server, which takes a minute ...", file=sys.stderr)
     try:
-        with bench_server.own_server(SETTINGS, args.haproxy) as server:
+        with bench_server.own_server(SETTINGS | {"weights": args.weights}, args.haproxy) as server:
             run = asyncio.run(measure(args, server))
     except UserError as error:
         print(f"error: {error.code}: {error}", file=sys.stderr)

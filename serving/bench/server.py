@@ -102,6 +102,11 @@ def start(folder: Path, port: int, settings: dict[str, Any], haproxy: bool = Fal
         )
 
 
+def weights_setting(text: str) -> str:
+    """`tiny`, or a folder by its absolute path: the server runs in another directory."""
+    return text if text == "tiny" else str(Path(text).expanduser().resolve())
+
+
 def heed_interrupts() -> None:
     """A command in a shell's background ignores SIGINT, and so would what it starts; but that is how a server ends."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

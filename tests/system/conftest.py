@@ -1,6 +1,9 @@
-"""A whole server for a test module: `serve run` in a process of its own, on a free port, with a Ray of its own."""
+"""A whole server for a test module: `serve run` in a process of its own, on a free port, with a Ray of its own. And
+light weights, for tests of whatever a model does not matter to.
+"""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +19,9 @@ import pytest
 from serving.bench import server as bench_server
 
 READY_S = 240
+MAX_FRAMES_BEHIND = 40
+"""A stream's delay times its rate: it is behind by the window, the chunks in flight and the chunk that is being filled,
+in all some 24 frames, and not by what a slow machine has not got round to."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,51 @@ def wait_until(server, process, ready):
     raise AssertionError(f"the server did not get ready; its log ends:\n{server.log.read_text()[-3000:]}")
 
 
+@pytest.fixture(scope="session")
+def light_weights(tmp_path_factory):
+    """A model without a mover, 64x64, in its weights as training starts: it finds a face in the middle of everything,
+    turns the portrait as an ellipsoid would turn, and takes a tenth of the bundled one's time."""
+    import torch
+
+    from stages.weights import NETWORKS, save_folder
+    from training.handover import load_networks
+    from training.phases.build import fit_base
+    from training.recipes import smoke_model
+    from training.world import canonical_keypoints, sample_identity
+
+    model = smoke_model()
+    guider = dataclasses.replace(
+        model.pose_guider, mover_channels=(), expression_channels=(), depth_channels=(), light_channels=()
+    )
+    keypoints = dataclasses.replace(
+        model.keypoints, depths=(1, 1, 1, 1), fine_channels=0, upright_channels=(), upright_depths=()
+    )
+    model = dataclasses.replace(
+        model,
+        name="light",
+        unet=dataclasses.replace(model.unet, max_positions=16),
+        keypoints=keypoints,
+        pose_guider=guider,
+        window=dataclasses.replace(model.window, chunk_frames=4, timesteps=(0, 333, 666, 999)),
+    )
+    networks = load_networks(NETWORKS, model, None, seed=0, may_be_fresh=True)
+    fit_base(networks["pose_guider"], networks["vae"], model)
+    extractor = networks["keypoint_extractor"]
+    with torch.no_grad():
+        for layer in (extractor.fc_kp, extractor.fc_t, extractor.fc_scale):
+            layer.weight.mul_(0.1)
+            layer.bias.zero_()
+        extractor.fc_kp.bias.copy_(torch.from_numpy(canonical_keypoints(sample_identity(1)).flatten()))
+        extractor.fc_scale.bias.fill_(0.6)
+    folder = tmp_path_factory.mktemp("light")
+    save_folder(folder, model, {name: network.state_dict() for name, network in networks.items()})
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def server():
-    with running_server(idle_timeout_s=5, pause_timeout_s=20, max_sessions=8, target_fps=1) as running:
+    # A slow machine takes some seconds to let eight people in, and none of them shall be idle by then.
+    with running_server(idle_timeout_s=12, pause_timeout_s=20, max_sessions=8, target_fps=1) as running:
         yield running
 
 

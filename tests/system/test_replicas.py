@@ -1,4 +1,6 @@
-"""Ingress replicas that die or are replaced while people stream. Longer: `python -m serving.bench.bystander`."""
+"""Ingress replicas that die or are replaced while people stream, with a light model. Longer: `python -m
+serving.bench.bystander`.
+"""
 
 import asyncio
 import itertools
@@ -30,8 +32,9 @@ LONGEST_GAP_S = 10
 
 
 @pytest.mark.parametrize("proxy", [[], ["--haproxy"]], ids=["Python proxy", "HAProxy"])
-def test_a_replica_that_dies_disturbs_nobody_on_another(proxy):
-    command = [sys.executable, "-m", "serving.bench.bystander", "--seconds", "30", "--json", *proxy]
+def test_a_replica_that_dies_disturbs_nobody_on_another(proxy, light_weights):
+    options = ["--weights", light_weights, "--seconds", "30", "--json", *proxy]
+    command = [sys.executable, "-m", "serving.bench.bystander", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     run = json.loads(done.stdout)
@@ -41,8 +44,8 @@ def test_a_replica_that_dies_disturbs_nobody_on_another(proxy):
         assert session["longest_gap_after_ms"] < LONGEST_GAP_S * 1000
 
 
-def test_a_redeploy_moves_everybody_before_their_replica_goes():
-    with running_server(num_replicas=2, target_fps=1) as server:
+def test_a_redeploy_moves_everybody_before_their_replica_goes(light_weights):
+    with running_server(num_replicas=2, target_fps=1, weights=light_weights) as server:
         log = asyncio.run(
             play(Server(server.stream), Plan(3, 30, FPS), load_film(BUNDLED_CLIP, SIZE_PX), redeploy(server))
         )

@@ -19,7 +19,7 @@ from stages.portraits import BUNDLED_CLIP
 from stages.video import VideoWriter, read_video
 from stages.weights import TINY
 
-from .conftest import readiness, running_server
+from .conftest import MAX_FRAMES_BEHIND, readiness, running_server
 
 pytestmark = pytest.mark.system
 
@@ -75,7 +75,7 @@ def test_a_lossless_stream_has_the_pixels_of_the_offline_tool(server, clip, tmp_
 def test_a_live_stream_moves_the_portrait_with_a_bounded_delay(server, clip, tmp_path):
     figures = client(server, clip, tmp_path / "live.mp4", "--loop", "--seconds", "8")
     assert figures["frames_sent"] == figures["frames_received"] + figures["frames_dropped"] == 200
-    assert figures["delay_ms"]["p95"] < 4000
+    assert figures["delay_ms"]["p95"] / 1000 * figures["fps"] < MAX_FRAMES_BEHIND
     frames = [frame.rgb.astype(int) for frame in read_video(tmp_path / "live.mp4")]
     assert len(frames) == figures["frames_received"]
     assert np.abs(frames[-1] - frames[0]).mean() > 1
@@ -133,7 +133,7 @@ async def test_bad_clients_leave_no_memory_behind(server):
 
 
 async def test_silent_clients_are_ended_and_give_their_places_back(server):
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(240):
         sessions = [Client(server.stream, portrait="ada") for _ in range(8)]
         await asyncio.gather(*(session.__aenter__() for session in sessions))
         with pytest.raises(ServerError) as refused:
@@ -157,7 +157,7 @@ async def test_weights_that_fail_to_load_are_named_and_tried_again_without_being
             await Client(server.stream, portrait="ada").__aenter__()
         assert refused.value.code == "pool_failed"
         (tmp_path / "vae.safetensors").rename(missing)
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(240):
             while readiness(server) != (200, None):
                 await asyncio.sleep(1)
         assert len(await stream(server, "ada", 4)) == 4

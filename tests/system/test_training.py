@@ -29,7 +29,7 @@ pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
 PHASE = "stream"
 """With a discriminator, and with updates that go on where the one before left the clip."""
-NUM_STEPS, KILLED_FROM_STEP = 12, 4
+NUM_STEPS, KILLED_FROM_STEP = 9, 4
 WAIT_S = 600
 TWO_NODES = """
 import json, sys

@@ -1,6 +1,7 @@
 """The command line, and whole measurements against a real socket whose pipeline echoes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +109,11 @@ def test_settings_of_the_own_server_are_known_to_it_and_let_everybody_in():
     assert setting(parse_args(["--haproxy"]))["server"]["haproxy"] is True
     given = [server_settings(parse_args(arguments), None) for arguments in ([], ["--target-fps", "5"])]
     assert [Settings(**values).target_fps for values in given] == [Settings().target_fps, 5]
+
+
+@pytest.mark.parametrize(("given", "meant"), [("tiny", "tiny"), ("out/weights", str(Path.cwd() / "out/weights"))])
+def test_the_own_servers_weights_are_named_from_wherever_it_runs(given, meant):
+    assert server_settings(parse_args(["--weights", given]), None)["weights"] == meant
 
 
 @pytest.mark.parametrize(
