@@ -119,8 +119,7 @@ def light_weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server():
-    # A slow machine takes some seconds to let eight people in, and none of them shall be idle by then.
-    with running_server(idle_timeout_s=12, pause_timeout_s=20, max_sessions=8, target_fps=1) as running:
+    with running_server(idle_timeout_s=5, pause_timeout_s=20, max_sessions=8, target_fps=1) as running:
         yield running
 
 
