@@ -32,6 +32,7 @@ from tqdm import tqdm
 from stages.errors import BadWeights
 from stages.messages import Floats, Pixels
 from stages.networks.normed import NormedBlock, normed
+from stages.pipeline import runs_bfloat16
 from stages.weights import load_tensors
 from training.draw import draw_data
 from training.layout import BadData, read_manifest, read_truth, video_path
@@ -253,17 +254,23 @@ def batches(num_samples: int, batch: int, rng: np.random.Generator) -> Iterator[
         yield from order[: num_samples // batch * batch].reshape(-1, batch)
 
 
-def train_probe(samples: Samples, num_steps: int, minutes: float, seed: int, batch: int) -> tuple[Probe, int]:
-    """A network trained on all samples in bfloat16 autocast, until `num_steps` or `minutes` are over; and its steps."""
+def train_probe(
+    samples: Samples, num_steps: int, minutes: float, seed: int, batch: int, start: Probe | None = None
+) -> tuple[Probe, int]:
+    """A network trained on all samples, until `num_steps` or `minutes` are over; and its steps.
+
+    `start`: one that has been trained before, which is trained further in place. Where this processor multiplies
+    bfloat16, in autocast.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    probe = Probe()
+    probe = Probe() if start is None else start.train().requires_grad_(True)
     probe.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     readings, persons = torch.from_numpy(samples.readings), torch.from_numpy(samples.persons)
     centres = nn.Linear(EMBEDDING_DIM, int(persons[-1]) + 1, bias=False)
 
     def loss_of(chosen: NDArray[np.int64]) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=runs_bfloat16()):
             said, embeddings = probe(augmented(samples.crops[chosen], rng))
         identity = identity_loss(embeddings.float(), centres.weight, persons[chosen])
         return motion_loss(said.float(), readings[chosen]) + IDENTITY_WEIGHT * identity
@@ -343,6 +350,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000, help="training steps; a run that makes all is repeatable")
     parser.add_argument("--minutes", type=float, default=60, help="at most so long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, metavar="FILE", help="probes to train further (default: from nothing)")
     parser.add_argument("--data", type=Path, help="a folder of `training.draw --kind poses` (default: OUT/data, drawn)")
     parser.add_argument("--clips", type=int, default=3200, help="people to draw where there is no folder yet")
     parser.add_argument("--hold-out", type=int, default=200, help="people kept for the scores")
@@ -352,6 +360,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
         cv2.setNumThreads(args.threads)
+    start = load_probes(args.start).network if args.start else None
     data = args.data or args.out / "data"
     if args.data is None:
         draw_data(data, "poses", range(args.clips), 10, PICTURE_PX, 2)
@@ -361,7 +370,7 @@ def main() -> None:
         raise SystemExit(f"--hold-out {args.hold_out} of {num_people} people leaves none to train on")
     num_seen = num_people - args.hold_out
     seen, held = samples.part(0, num_seen), samples.part(num_seen, num_people)
-    probe, num_steps = train_probe(seen, args.steps, args.minutes, args.seed, args.batch)
+    probe, num_steps = train_probe(seen, args.steps, args.minutes, args.seed, args.batch, start)
     scores = score(probe, held)
     save_probe(probe, args.out / BUNDLED.name, scores, num_steps)
     print(f"{num_steps} steps, {json.dumps(scores)}")

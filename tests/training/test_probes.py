@@ -20,6 +20,8 @@ from training.motion import Motion, sample_motion, to_array
 from training.probes import READINGS, Probe, augmented, crops, load_probes, oval, read_samples, readings_of
 from training.world import render
 
+FILE = probes.BUNDLED.name
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -99,20 +101,29 @@ def test_the_command_writes_probes_that_load_with_their_scores(data: Path, tmp_p
     monkeypatch.setattr(sys, "argv", ["probes", str(tmp_path), *options])
     probes.main()
     assert "steps" in capsys.readouterr().out
-    loaded = load_probes(tmp_path / "world.safetensors")
+    loaded = load_probes(tmp_path / FILE)
     assert {"r2_yaw", "r2_gaze_y", "identity_accuracy"} <= loaded.scores.keys()
-    assert (tmp_path / "world.safetensors").stat().st_size < 3e6
+    assert (tmp_path / FILE).stat().st_size < 3e6
+
+
+def test_probes_that_are_trained_further_begin_as_they_were(data: Path, tmp_path: Path, monkeypatch):
+    options = ["--steps", "1", "--data", str(data), "--hold-out", "2", "--threads", "1", "--batch", "3"]
+    monkeypatch.setattr(sys, "argv", ["probes", str(tmp_path), *options, "--start", str(probes.BUNDLED)])
+    probes.main()
+    files = probes.BUNDLED, tmp_path / FILE
+    before, after = (next(load_probes(file).network.parameters()) for file in files)
+    assert 0 < (before - after).abs().max() < 1e-3
 
 
 def test_a_missing_file_is_refused_with_the_command_that_writes_it(tmp_path: Path):
     with pytest.raises(BadWeights, match=r"training\.probes"):
-        load_probes(tmp_path / "world.safetensors")
+        load_probes(tmp_path / FILE)
 
 
 def test_a_probe_of_another_shape_is_refused(tmp_path: Path):
-    probes.save_probe(Probe(num_readings=3), tmp_path / "world.safetensors", {}, 1)
+    probes.save_probe(Probe(num_readings=3), tmp_path / FILE, {}, 1)
     with pytest.raises(BadWeights, match="world"):
-        load_probes(tmp_path / "world.safetensors")
+        load_probes(tmp_path / FILE)
 
 
 def test_the_bundled_probes_read_people_they_have_never_seen():
