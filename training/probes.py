@@ -46,6 +46,20 @@ NUM_POSE = 3
 """So many readings are head pose, the others expression."""
 SPREADS = (18.0, 12.0, 10.0, 0.3, 0.3, 0.5, 0.4, 0.5, 0.5, 0.45)
 """About the standard deviations of the readings in training: the network's outputs are in these units."""
+MIRRORED = (-1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0)
+"""The readings' signs in a mirror."""
+MOVED, ZOOMED = 0.02, 0.06
+VIEWS = (
+    (0.0, 0.0, 1.0),
+    (MOVED, 0.0, 1.0),
+    (-MOVED, 0.0, 1.0),
+    (0.0, MOVED, 1.0),
+    (0.0, -MOVED, 1.0),
+    (0.0, 0.0, 1 + ZOOMED),
+    (0.0, 0.0, 1 - ZOOMED),
+)
+"""Crops of a head that are read beside a mirrored one: by how much they lie elsewhere (x and y, in half picture sides),
+and how much wider they are."""
 PICTURE_PX = 256
 """Pictures of other sizes are scaled to this before cropping, so that probes always see the same detail."""
 CROP_PX = 112
@@ -113,9 +127,14 @@ class Probes:
     @torch.inference_mode()
     def look(self, pictures: Pixels, motions: Floats) -> tuple[Floats, Floats]:
         """Readings (n, len(READINGS)) and unit vectors (n, EMBEDDING_DIM) of pictures (n, s, s, 3), whose heads are
-        where motions (n, 14) say. Cosines of the vectors are near 1 for one person and near 0 for two."""
-        readings, embeddings = self.network(crops(pictures, motions))
-        return readings.numpy() * np.array(SPREADS, np.float32), F.normalize(embeddings, dim=1).numpy()
+        where motions (n, 14) say. Cosines of the vectors are near 1 for one person and near 0 for two.
+
+        Readings are means over `VIEWS`, whose errors are partly their own; the vectors are those of the first."""
+        views = [crops(pictures, viewed(motions, *view)) for view in VIEWS]
+        readings, embeddings = zip(*(self.network(view) for view in views), strict=True)
+        mirrored = self.network(views[0].flip(-1))[0] * torch.tensor(MIRRORED)
+        mean = torch.stack([*readings, mirrored]).mean(0)
+        return mean.numpy() * np.array(SPREADS, np.float32), F.normalize(embeddings[0], dim=1).numpy()
 
 
 def load_probes(path: Path = BUNDLED) -> Probes:
@@ -134,6 +153,11 @@ def crops(pictures: Pixels, motions: Floats, side_px: int = CROP_PX, margin: flo
     """Head crops (n, 3, side, side) in [-1, 1] of pictures (n, s, s, 3), from position and scale of motions (n, 14)."""
     cut = [_crop(picture, motion, side_px, margin) for picture, motion in zip(pictures, motions, strict=True)]
     return signed_crops(torch.from_numpy(np.stack(cut)))
+
+
+def viewed(motions: Floats, x: float, y: float, zoom: float) -> Floats:
+    """Motions (n, 14) whose heads lie elsewhere, and are larger."""
+    return np.concatenate([motions[:, :3], (motions[:, 3:6] + (x, y, 0)) * (1, 1, zoom), motions[:, 6:]], 1)
 
 
 def signed_crops(cut: Tensor) -> Tensor:

@@ -126,15 +126,20 @@ def test_a_probe_of_another_shape_is_refused(tmp_path: Path):
         load_probes(tmp_path / FILE)
 
 
-def test_the_bundled_probes_read_people_they_have_never_seen():
+def test_the_bundled_probes_read_people_they_have_never_seen_and_better_in_several_views():
     rng = np.random.default_rng(3)
     motions = [sample_motion(rng) for _ in range(40)]
     pictures = np.stack([render(sample_identity(1_500_000 + i), m, 256) for i, m in enumerate(motions)])
     arrays = np.stack([to_array(motion) for motion in motions])
-    read, true = load_probes().look(pictures, arrays)[0], readings_of(arrays)
+    bundled, true = load_probes(), readings_of(arrays)
+    read = bundled.look(pictures, arrays)[0]
     for name in ("yaw", "pitch", "roll", "jaw", "blink"):
         column = READINGS.index(name)
         assert correlation(true[:, column], read[:, column]) > 0.9, name
+    at_a_glance = bundled.network(crops(pictures, arrays))[0].numpy() * np.array(probes.SPREADS)
+    promised = [READINGS.index(name) for name in ("yaw", "pitch", "roll", "jaw", "blink", "gaze_x", "gaze_y")]
+    in_views, plain = (np.square(each - true)[:, promised].mean(0) for each in (read, at_a_glance))
+    assert (in_views < plain).all()
 
 
 def test_the_bundled_identity_probe_tells_people_apart_whatever_they_do():
