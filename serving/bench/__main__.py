@@ -122,13 +122,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--url", help="of a running server's stream, such as ws://127.0.0.1:8000/v1/stream")
     parser.add_argument("--haproxy", action="store_true", help="Serve's HAProxy instead of its Python proxy")
-    parser.add_argument(
-        "--weights",
-        type=bench_server.weights_setting,
-        default="tiny",
-        metavar="FOLDER",
-        help="of the server (default: the bundled)",
-    )
+    bench_server.add_weights_option(parser)
     parser.add_argument("--spare-members", type=int, default=0, metavar="N", help="warm stand-ins (default 0)")
     parser.add_argument(
         "--target-fps",

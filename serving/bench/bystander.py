@@ -176,13 +176,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=150.0, help="after the kill (default 150)")
     parser.add_argument("--fps", type=float, default=3.0, help="driving frames a second of each session (default 3)")
-    parser.add_argument(
-        "--weights",
-        type=bench_server.weights_setting,
-        default="tiny",
-        metavar="FOLDER",
-        help="of the server (default: the bundled)",
-    )
+    bench_server.add_weights_option(parser)
     parser.add_argument("--haproxy", action="store_true", help="Serve's HAProxy instead of its Python proxy")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)

@@ -5,6 +5,7 @@ Called by `serving.bench`. Another Ray on this machine is neither used nor touch
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -102,9 +103,15 @@ def start(folder: Path, port: int, settings: dict[str, Any], haproxy: bool = Fal
         )
 
 
-def weights_setting(text: str) -> str:
-    """`tiny`, or a folder by its absolute path: the server runs in another directory."""
-    return text if text == "tiny" else str(Path(text).expanduser().resolve())
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    """`--weights`, for commands that start a server of their own."""
+
+    def from_anywhere(text: str) -> str:
+        # The server runs in another directory.
+        return text if text == "tiny" else str(Path(text).expanduser().resolve())
+
+    text = "of the server it starts (default: the bundled)"
+    parser.add_argument("--weights", type=from_anywhere, default="tiny", metavar="FOLDER", help=text)
 
 
 def heed_interrupts() -> None:

@@ -77,16 +77,13 @@ def wait_until(server, process, ready):
 
 
 @pytest.fixture(scope="session")
-def light_weights(tmp_path_factory):
+def light_weights(find_faces, tmp_path_factory):
     """A model without a mover, 64x64, in its weights as training starts: it finds a face in the middle of everything,
-    turns the portrait as an ellipsoid would turn, and takes a tenth of the bundled one's time."""
-    import torch
-
+    turns the portrait a little, as an ellipsoid would turn, and takes a small part of the bundled one's time."""
     from stages.weights import NETWORKS, save_folder
     from training.handover import load_networks
     from training.phases.build import fit_base
     from training.recipes import smoke_model
-    from training.world import canonical_keypoints, sample_identity
 
     model = smoke_model()
     guider = dataclasses.replace(
@@ -105,13 +102,7 @@ def light_weights(tmp_path_factory):
     )
     networks = load_networks(NETWORKS, model, None, seed=0, may_be_fresh=True)
     fit_base(networks["pose_guider"], networks["vae"], model)
-    extractor = networks["keypoint_extractor"]
-    with torch.no_grad():
-        for layer in (extractor.fc_kp, extractor.fc_t, extractor.fc_scale):
-            layer.weight.mul_(0.1)
-            layer.bias.zero_()
-        extractor.fc_kp.bias.copy_(torch.from_numpy(canonical_keypoints(sample_identity(1)).flatten()))
-        extractor.fc_scale.bias.fill_(0.6)
+    find_faces(networks["keypoint_extractor"], 0.1)
     folder = tmp_path_factory.mktemp("light")
     save_folder(folder, model, {name: network.state_dict() for name, network in networks.items()})
     return str(folder)

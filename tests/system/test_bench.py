@@ -37,7 +37,7 @@ def bench(*arguments):
 ONE_PLACE = ("--target-fps", "1000")
 """One person always has a place, and at this rate no processor has one for a second."""
 FAST_CAMERA = ("--fps", "150")
-"""More than a processor has time for."""
+"""So many frames a second that a session gets what the machine can do, and not what it sends."""
 
 
 @pytest.fixture(scope="module")

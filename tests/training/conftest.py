@@ -40,20 +40,14 @@ def clip() -> Batch:
 
 
 @pytest.fixture(scope="session")
-def face_finders(config: ModelConfig) -> Callable[[int], dict[str, Any]]:
+def face_finders(config: ModelConfig, find_faces: Callable[..., None]) -> Callable[[int], dict[str, Any]]:
     """face_finders(seed): random networks by name, but a keypoint extractor that finds a face in the middle of
     everything."""
 
     def make(seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
         networks: dict[str, Any] = {name: build(config) for name, build in NETWORKS.items()}
-        extractor = networks["keypoint_extractor"]
-        with torch.no_grad():
-            for layer in (extractor.fc_kp, extractor.fc_t, extractor.fc_scale):
-                layer.weight.mul_(0.01)
-                layer.bias.zero_()
-            extractor.fc_kp.bias.copy_(torch.from_numpy(canonical_keypoints(sample_identity(1)).flatten()))
-            extractor.fc_scale.bias.fill_(0.6)
+        find_faces(networks["keypoint_extractor"], 0.01)
         return networks
 
     return make

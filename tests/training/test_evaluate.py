@@ -10,13 +10,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from stages.config import ModelConfig
 from stages.messages import Pixels
 from stages.pipeline import load_stages
 from stages.video import read_video
-from stages.weights import NETWORKS, save_folder
+from stages.weights import save_folder
 from training import evaluate as module
 from training.evaluate import (
     Instruments,
@@ -30,9 +29,7 @@ from training.evaluate import (
     summary,
     table,
 )
-from training.identity import sample_identity
 from training.trials import Trial, impostors, trials, warped
-from training.world import canonical_keypoints
 
 NUM_FRAMES = 12
 PROMISED = (
@@ -76,18 +73,10 @@ PROMISED = (
 
 
 @pytest.fixture(scope="module")
-def folder(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(config: ModelConfig, face_finders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random networks, but a keypoint extractor that finds a face in the middle of everything."""
-    torch.manual_seed(0)
-    networks = {name: build(config) for name, build in NETWORKS.items()}
-    extractor = networks["keypoint_extractor"].requires_grad_(False)
-    for layer in (extractor.fc_kp, extractor.fc_t, extractor.fc_scale):
-        layer.weight.mul_(0.01)
-        layer.bias.zero_()
-    extractor.fc_kp.bias.copy_(torch.from_numpy(canonical_keypoints(sample_identity(1)).flatten()))
-    extractor.fc_scale.bias.fill_(0.6)
     path = tmp_path_factory.mktemp("weights")
-    save_folder(path, config, {name: network.state_dict() for name, network in networks.items()})
+    save_folder(path, config, {name: network.state_dict() for name, network in face_finders(0).items()})
     return path
 
 
