@@ -74,13 +74,14 @@ def watch(page, name, seconds=8):
     """Waits until the stream is live and its figures stand, sees the picture change, and keeps a screenshot."""
     page.wait_for_function("document.body.classList.contains('live')")
     page.wait_for_timeout(seconds * 1000)
-    pictures = {page.evaluate(PIXELS)}
-    for _ in range(4):
-        page.wait_for_timeout(500)
+    pictures: set[str] = set()
+    until = time.monotonic() + LIVE_MS / 1000
+    while len(pictures) < 4:
+        assert time.monotonic() < until, f"{len(pictures)} different pictures in {LIVE_MS} ms"
         pictures.add(page.evaluate(PIXELS))
+        page.wait_for_timeout(200)
     OUT.mkdir(exist_ok=True)
     page.screenshot(path=OUT / f"page-{name}.png")
-    assert len(pictures) >= 4
     delay_ms, fps_in, fps_out = (float(page.inner_text(name)) for name in ("#delay", "#fps-in", "#fps-out"))
     assert delay_ms > 100 and delay_ms / 1000 * fps_out < MAX_FRAMES_BEHIND
     assert fps_in > 3 and fps_out > 0.5
