@@ -17,6 +17,9 @@ from stages.keypoints import draw
 from stages.moved import moved
 from stages.networks.mover import Mover
 
+MOVED = slice(3, 6)
+"""Channels of a canvas that show the moved portrait, where it does."""
+
 
 @dataclass(frozen=True)
 class ShownPortrait:

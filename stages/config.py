@@ -28,6 +28,7 @@ MAY_BE_ZERO = {
     "window.keyframe_threshold",
     "window.first_keyframe_call",
     "pose_guider.head.margin",
+    "vae.kept_detail",
     "keypoints.gathered_cells",
     "keypoints.fine_channels",
     "keypoints.upright_depths",
@@ -188,6 +189,9 @@ class VaeConfig:
     latent_patch: int = 1
     plain_output: bool = False
     """No norm and activation before the last convolutions, so that the whole can start as a linear transform."""
+    kept_detail: float = 0.0
+    """Share that decoded frames get back of what coding takes from the moved portrait; above 0 only where the canvases
+    show it (`PoseGuiderConfig.shows_portrait`)."""
 
     @property
     def downscale(self) -> int:
@@ -320,6 +324,10 @@ def check_config(config: ModelConfig) -> None:
         (
             unet.num_bases and not (config.pose_guider.shows_portrait and window.prediction == "sample"),
             'unet.num_bases needs pose_guider.shows_portrait, and window.prediction "sample"',
+        ),
+        (
+            vae.kept_detail > 1 or (vae.kept_detail and not config.pose_guider.shows_portrait),
+            f"vae.kept_detail {vae.kept_detail} is at most 1, and needs pose_guider.shows_portrait",
         ),
         (not any(unet.attention_levels), "unet.attention_levels must be true somewhere: the portrait is read there"),
         (len(unet.attention_levels) != len(unet.block_channels), "unet.attention_levels needs one entry per block"),

@@ -16,7 +16,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.canvas import ShownPortrait, canvases
+from stages.canvas import MOVED, ShownPortrait, canvases
 from stages.config import ModelConfig
 from stages.groups import groups
 from stages.messages import (
@@ -80,7 +80,7 @@ class DenoiseStage:
         """`run` with its tensors still on the device; `noise` replaces each session's own."""
         states = self._introduced(states, chunks)
         motions = [
-            Motion(self._tensor(chunk.tokens), self._pose(state, chunk.keypoints, chunk.tokens, chunk.moved))
+            self._motion(state, chunk.keypoints, chunk.tokens, chunk.moved)
             for state, chunk in zip(states, chunks, strict=True)
         ]
         given = noise or [None] * len(states)
@@ -138,7 +138,10 @@ class DenoiseStage:
             portrait_keypoints=snapshot.portrait_keypoints,
         )
         if snapshot.num_calls:
-            state = replace(state, pose=torch.cat([self._pose(state, *part) for part in parts]))
+            inside = [self._motion(state, *part) for part in parts]
+            moved = [motion.moved for motion in inside if motion.moved is not None]
+            pose = torch.cat([motion.pose for motion in inside])
+            state = replace(state, pose=pose, moved=torch.cat(moved) if moved else None)
         for features in keyframes:
             state = add_keyframe(state, self._memory(features, token))
         return state
@@ -148,7 +151,8 @@ class DenoiseStage:
     ) -> tuple[WindowState, CleanChunk, Keyframe | None]:
         keypoints = chunk.keypoints if before.keypoints is None else np.concatenate([before.keypoints, chunk.keypoints])
         state = replace(result.state, keypoints=keypoints[self.config.window.chunk_frames :])
-        clean = CleanChunk(result.clean.float().cpu().numpy())
+        moved = None if result.moved is None else result.moved.cpu().numpy()
+        clean = CleanChunk(result.clean.float().cpu().numpy(), moved)
         if result.keyframe is None:
             return state, clean, None
         keyframe = Keyframe(result.keyframe.float().cpu().numpy(), state.image_token.float().cpu().numpy())
@@ -163,18 +167,20 @@ class DenoiseStage:
             for state, chunk in zip(states, chunks, strict=True)
         ]
 
-    def _pose(
+    def _motion(
         self, state: WindowState, keypoints: Floats, tokens: Floats, moved: NDArray[np.float16] | None = None
-    ) -> Tensor:
-        """(f, c0, h, w) pose features; keypoints travel rather than these, which are a thousand times larger."""
+    ) -> Motion:
+        """With pose features; keypoints travel rather than these, which are a thousand times larger."""
         shown = None
         if state.picture is not None and state.portrait_keypoints is not None:
             own = state.bank[0].unflatten(0, tokens.shape[1:])
             shown = ShownPortrait(state.picture, self._tensor(state.portrait_keypoints), own)
         mover = self.pose_guider.mover
         turned = None if moved is None else self._tensor(moved)
-        seen = canvases(self._tensor(keypoints), self._tensor(tokens), shown, mover, self.config, turned)
-        return self.pose_guider(seen.to(self._parameter.dtype))
+        told = self._tensor(tokens)
+        seen = canvases(self._tensor(keypoints), told, shown, mover, self.config, turned)
+        kept = seen[:, MOVED].half() if self.config.vae.kept_detail else None
+        return Motion(told, self.pose_guider(seen.to(self._parameter.dtype)), kept)
 
     def _picture(self, pixels: Pixels | None) -> Tensor | None:
         """(3, s, s) in [0, 1]."""

@@ -101,6 +101,9 @@ class CleanChunk:
 
     latents: Floats
     """(f, c, h, w)."""
+    moved: NDArray[np.float16] | None = None
+    """(f, 3, s, s) in [0, 1], the moved portrait of the same frames, only for a model whose decoded frames get detail
+    of it (`VaeConfig.kept_detail`)."""
 
 
 @dataclass(frozen=True)

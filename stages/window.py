@@ -59,14 +59,19 @@ class WindowState:
     """(3, s, s) the portrait in [0, 1] and, from the first call on, its keypoints (K, 3): only where the canvases show
     the portrait, and for the stage alone."""
     portrait_keypoints: Floats | None = None
+    moved: Tensor | None = None
+    """(n, 3, s, s) the moved portrait of the frames inside, in halves, where decoded frames get detail of it; None
+    before the first call."""
 
 
 @dataclass(frozen=True)
 class Motion:
-    """What enters a window with one chunk: tokens (f, T, D) and pose features (f, c0, h, w)."""
+    """What enters a window with one chunk: tokens (f, T, D), pose features (f, c0, h, w) and, where decoded frames get
+    detail of it, the moved portrait (f, 3, s, s)."""
 
     tokens: Tensor
     pose: Tensor
+    moved: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class WindowStep:
     """(c, h, w) latent that is to extend the memory before this session's next call."""
     prediction: Tensor
     """(num_frames, c, h, w) the denoiser's raw output; the parity tests read it."""
+    moved: Tensor | None = None
+    """(chunk_frames, 3, s, s) the moved portrait of the chunk that left, where the window has been given it."""
 
 
 def chunk_noise(seed: int, position: int, shape: tuple[int, ...]) -> Tensor:
@@ -142,6 +149,7 @@ def push(config: WindowConfig, state: WindowState, motion: Motion, noise: Tensor
         latents=torch.cat([state.latents, entering]),
         tokens=torch.cat([state.tokens, motion.tokens]),
         pose=motion.pose if is_first else torch.cat([state.pose, motion.pose]),
+        moved=motion.moved if state.moved is None or motion.moved is None else torch.cat([state.moved, motion.moved]),
     )
 
 
@@ -182,10 +190,13 @@ def pop(config: WindowConfig, state: WindowState, lowered: Tensor, prediction: T
         latents=lowered[rest],
         tokens=state.tokens[rest],
         pose=state.pose[rest],
+        moved=None if state.moved is None else state.moved[rest],
         bank=bank,
         num_keyframes=state.num_keyframes + is_keyframe,
     )
-    return WindowStep(after, lowered[: config.chunk_frames], lowered[0] if is_keyframe else None, prediction)
+    left = slice(config.chunk_frames)
+    moved = None if state.moved is None else state.moved[left]
+    return WindowStep(after, lowered[left], lowered[0] if is_keyframe else None, prediction, moved)
 
 
 def update_bank(config: WindowConfig, state: WindowState) -> tuple[Tensor, bool]:

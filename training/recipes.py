@@ -315,6 +315,7 @@ def tiny_model() -> ModelConfig:
             pixel_patch=8,
             latent_patch=2,
             plain_output=True,
+            kept_detail=0.5,
         ),
         image_encoder=ImageEncoderConfig(
             image_px=64, patch_px=16, hidden_dim=48, intermediate_dim=96, num_layers=2, num_heads=4, projection_dim=32
@@ -455,6 +456,7 @@ def smoke_model() -> ModelConfig:
             pixel_patch=4,
             latent_patch=2,
             plain_output=True,
+            kept_detail=0.5,
         ),
         image_encoder=ImageEncoderConfig(
             image_px=32, patch_px=16, hidden_dim=16, intermediate_dim=24, num_layers=1, num_heads=2, projection_dim=12

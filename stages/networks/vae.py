@@ -183,3 +183,8 @@ class Vae(nn.Module):
         """Pictures in about [-1, 1] (not clamped) of latents as the denoiser sees them."""
         latents = unfold(latents / self.config.scaling_factor, self.config.latent_patch)
         return unfold(self.decoder(self.post_quant_conv(latents)), self.config.pixel_patch)
+
+    def lost(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) what coding takes from fp32 pictures in [-1, 1]: detail finer than latents hold."""
+        # Halves of which little is left after a difference would be grains.
+        return images - self.decode(self.encode(images.to(next(self.parameters())))).float()

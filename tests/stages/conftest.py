@@ -242,7 +242,7 @@ def showing_stages(stages: Stages) -> Stages:
 
 @pytest.fixture(scope="session")
 def moving_stages(stages: Stages) -> Stages:
-    """The same with a network that moves the portrait."""
+    """The same with a network that moves the portrait, whose detail decoded frames get."""
     guider = PoseGuiderConfig(
         channels=(4, 6, 10),
         pixel_patch=2,
@@ -252,11 +252,11 @@ def moving_stages(stages: Stages) -> Stages:
         depth_channels=(4, 8),
         light_channels=(4, 6),
     )
-    return with_guider(stages, guider)
+    return with_guider(stages, guider, kept_detail=0.25)
 
 
-def with_guider(stages: Stages, guider: PoseGuiderConfig) -> Stages:
-    config = replace(SMALL, pose_guider=guider)
+def with_guider(stages: Stages, guider: PoseGuiderConfig, kept_detail: float = 0.0) -> Stages:
+    config = replace(SMALL, pose_guider=guider, vae=replace(SMALL.vae, kept_detail=kept_detail))
     made = {name: replace(getattr(stages, name), config=config) for name in STAGE_NETWORKS}
     network = build("pose_guider", config, 50)
     for name in ("motion", "denoise"):

@@ -159,6 +159,7 @@ def test_a_whole_number_may_stand_where_a_fraction_is_meant():
         (None, {"size_px": 44}, ["size_px 44", "VAE's 8"]),
         ("unet", {"in_channels": 9}, ["unet.in_channels 9", "vae.latent_channels"]),
         ("vae", {"latent_patch": 1, "pixel_patch": 4}, ["unet.in_channels 12", "latent_patch"]),
+        ("vae", {"kept_detail": 0.5}, ["vae.kept_detail 0.5", "pose_guider.shows_portrait"]),
         ("pose_guider", {"channels": (4, 6, 10)}, ["pose guider shrinks by 4", "VAE by 8"]),
         ("pose_guider", {"pixel_patch": 3}, ["pose guider shrinks by 24", "VAE by 8"]),
         (

@@ -1,8 +1,10 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from stages.decode import DecodeStage
 from stages.messages import CleanChunk
@@ -16,6 +18,10 @@ def decode(stages) -> DecodeStage:
 def clean(seed: int, num_frames: int) -> CleanChunk:
     latents = np.random.default_rng(seed).normal(size=(num_frames, 12, 6, 6))
     return CleanChunk(latents.astype(np.float32))
+
+
+def moved(seed: int, num_frames: int) -> NDArray[np.float16]:
+    return np.random.default_rng(seed).uniform(size=(num_frames, 3, 48, 48)).astype(np.float16)
 
 
 def test_a_chunk_becomes_uint8_frames_of_the_models_size(decode):
@@ -49,6 +55,21 @@ def test_minus_one_to_one_becomes_black_to_white(decode):
     frames = decode.decode(latents)
     assert frames.shape == (2, 48, 48, 3)
     torch.testing.assert_close(frames.permute(0, 3, 1, 2), expected.clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_frames_get_their_share_of_the_detail_that_coding_takes_from_the_moved_portrait(moving_stages):
+    decode = moving_stages.decode
+    assert decode.config.vae.kept_detail == 0.25
+    chunks = [replace(clean(seed, num_frames), moved=moved(seed, num_frames)) for seed, num_frames in ((0, 2), (1, 3))]
+    frames = decode.run(chunks)
+    for chunk, pixels in zip(chunks, frames, strict=True):
+        images = torch.from_numpy(chunk.moved).float() * 2 - 1
+        coded = decode.vae.decode(decode.vae.encode(images))
+        expected = decode.vae.decode(torch.from_numpy(chunk.latents)) + 0.25 * (images - coded)
+        expected = (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
+        assert np.abs(pixels - expected.numpy()).max() <= 1.01
+        [plain] = decode.run([replace(chunk, moved=None)])
+        assert np.abs(pixels.astype(int) - plain).mean() > 5
 
 
 def test_what_lies_beyond_black_and_white_is_cut_off(decode):

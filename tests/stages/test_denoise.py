@@ -114,6 +114,20 @@ def test_only_the_portraits_pixels_tell_two_such_sessions_apart(showing_stages, 
         assert np.array_equal(after.portrait_keypoints, alone.portrait_keypoints)
 
 
+def test_chunks_carry_the_moved_portrait_where_decoded_frames_get_detail_of_it(
+    showing_stages, moving_stages, draw_picture, draw_chunks
+):
+    plain = start(showing_stages, draw_picture, draw_chunks, 3, num_chunks=1)
+    assert showing_stages.denoise.run([plain.state], plain.chunks)[0][1].moved is None
+    session = start(moving_stages, draw_picture, draw_chunks, 3, num_chunks=4)
+    state, left = session.state, []
+    for chunk in session.chunks:
+        [(state, clean, _)] = moving_stages.denoise.run([state], [chunk])
+        left.append(clean.moved)
+    entered = np.concatenate([chunk.moved for chunk in session.chunks])
+    assert np.array_equal(np.concatenate(left), entered[: len(left) * 2]) and entered[:8].std() > 0.01
+
+
 @pytest.mark.parametrize("kind", ["showing_stages", "moving_stages"])
 @pytest.mark.parametrize("num_calls", [0, 1, 3])
 def test_a_restored_window_shows_the_same_portrait(request, draw_picture, draw_chunks, num_calls, kind):
@@ -127,6 +141,8 @@ def test_a_restored_window_shows_the_same_portrait(request, draw_picture, draw_c
     restored = stages.denoise.restore(stages.reference.open(draw_picture(3)), [], snapshot)
     results = [stages.denoise.run([window], [session.chunks[num_calls]])[0][1] for window in (state, restored)]
     np.testing.assert_allclose(results[0].latents, results[1].latents, rtol=0, atol=1e-5)
+    if kind == "moving_stages":
+        np.testing.assert_allclose(results[0].moved, results[1].moved, rtol=0, atol=1e-3)
 
 
 def test_seed_tokens_and_keypoints_all_show_in_the_result(stages, session, draw_picture, draw_chunks):

@@ -42,6 +42,16 @@ def test_equals_diffusers_with_the_same_weights():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_coding_takes_from_pictures_is_said_in_full_precision(dtype):
+    vae, images = build(PLAIN).to(dtype), torch.rand(2, 3, 24, 16) * 2 - 1
+    lost = vae.lost(images)
+    coded = vae.decode(vae.encode(images.to(dtype))).float()
+    assert lost.dtype == torch.float32
+    torch.testing.assert_close(coded + lost, images, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
 def test_patches_shrink_the_picture_and_widen_the_latent():
     config = VaeConfig(
         block_channels=(8, 12),

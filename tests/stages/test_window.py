@@ -374,6 +374,19 @@ def test_one_state_can_be_continued_in_two_ways():
     assert_same(first.state, second.state)
 
 
+def test_a_moved_portrait_leaves_with_its_chunk():
+    state, left = new_window(CONFIG), []
+    for call in range(4):
+        entering = motion(CONFIG, call)
+        shown = entering.tokens[:, 0, 0, None, None, None].expand(-1, 3, 4, 4).half()
+        [step] = run_windows(Oracle(CONFIG), CONFIG, [state], [replace(entering, moved=shown)])
+        state = step.state
+        assert len(state.moved) == CONFIG.num_transition_frames
+        left.append(step.moved)
+    for shown, chunk in zip(left, [-1, -1, 0, 1], strict=True):
+        assert torch.equal(shown, torch.full((CONFIG.chunk_frames, 3, 4, 4), chunk, dtype=torch.float16))
+
+
 def test_half_precision_latents_stay_half_but_are_stepped_in_full_precision():
     class HalfOracle(Oracle):
         def __call__(self, *inputs) -> Tensor:

@@ -36,7 +36,7 @@ class Knowing(DenoisingUNet):
 def scene_of(config: ModelConfig, num_frames: int) -> Scene:
     portrait = torch.randn(1, *config.latent_shape)
     empty = torch.zeros(1, num_frames, 1)
-    return Scene(empty, empty, portrait, empty, empty, (), empty, empty)
+    return Scene(empty, empty, portrait, empty, empty, (), empty, empty, empty)
 
 
 @pytest.mark.parametrize("prediction", ["sample", "epsilon"])
@@ -48,6 +48,7 @@ def test_any_number_of_steps_ends_at_what_the_denoiser_says(config: ModelConfig,
             **{f"{part}_channels": () for part in ("mover", "expression", "depth", "light")},
         ),
         "unet": replace(config.unet, num_bases=0),
+        "vae": replace(config.vae, kept_detail=0.0),
         "window": replace(config.window, prediction=prediction),
     }
     model = replace(config, **parts)

@@ -53,6 +53,7 @@ class AppearancePhase(AnimationPhase):
         """The loss of predicted latents (b, f, c, h, w), the frames' timesteps being (f,)."""
         num_samples = len(latents)
         decoded = self._decoded(rearrange(latents, "b f c h w -> (b f) c h w")).float()
+        decoded = decoded + rearrange(scene.detail, "b f c h w -> (b f) c h w")
         target = rearrange(scene.images, "b f c h w -> (b f) c h w")
         face_boxes = rearrange(scene.boxes, "b f k c -> (b f) k c")
         pixel = image_loss(decoded, target, face_boxes, self.config.face_weight, self.config.parts_weight)

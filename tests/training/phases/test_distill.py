@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
 
+import torch
+from einops import rearrange
+
+from stages.networks.vae import Vae
 from training.clips import Batch
 from training.phases.phase import draws
 
@@ -50,6 +54,17 @@ def test_without_a_say_there_is_no_discriminator(build, batch: Batch):
     phase = build("distill", adversarial_weight=0.0)
     assert phase.critic is None
     assert phase(batch, draws(0, 0, 0, 0), 9, 0, None).fake is None
+
+
+def test_decoded_pictures_have_the_detail_that_inference_gives_them(build, batch: Batch):
+    plain, detailed = build("distill"), build("distill")
+    plain.model = replace(plain.model, vae=replace(plain.model.vae, kept_detail=0.0))
+    pictures = [phase(batch, draws(0, 0, 1, 0), 1, 0, None).fake for phase in (plain, detailed)]
+    scene, vae = detailed.scene(batch, draws(0, 0, 1, 0)), detailed.network("vae", Vae)
+    given = rearrange(scene.detail, "b f c h w -> (b f) c h w")
+    torch.testing.assert_close(pictures[1] - pictures[0], given, rtol=0, atol=1e-5)
+    # Detail of which everything is what coding takes: a second coding finds little of it.
+    assert given.std() > 0.01 and vae.encode(given).std() < vae.encode(pictures[1]).std()
 
 
 def test_pictures_that_are_decoded_again_for_their_gradients_give_the_same(build, batch: Batch):
