@@ -43,8 +43,7 @@ class DecodeStage:
     def decode(self, latents: Tensor, moved: Tensor | None = None) -> Tensor:
         """latents (n, c, h, w) to frames (n, size, size, 3) in [0, 1] (specification, section 8), with detail of the
         moved portrait (n, 3, size, size), where it is given."""
-        parameter = next(self.vae.parameters())
-        images = self.vae.decode(latents.to(parameter)).float()
+        images = self.vae.decode(latents.to(next(self.vae.parameters()))).float()
         if moved is not None:
             images = images + self.config.vae.kept_detail * self.vae.lost(moved.to(images) * 2 - 1)
         return rearrange((images / 2 + 0.5).clamp(0, 1), "n c h w -> n h w c").contiguous()

@@ -170,7 +170,8 @@ class DenoiseStage:
     def _motion(
         self, state: WindowState, keypoints: Floats, tokens: Floats, moved: NDArray[np.float16] | None = None
     ) -> Motion:
-        """With pose features; keypoints travel rather than these, which are a thousand times larger."""
+        """What enters the window with f frames; keypoints travel rather than pose features, which are a thousand times
+        larger."""
         shown = None
         if state.picture is not None and state.portrait_keypoints is not None:
             own = state.bank[0].unflatten(0, tokens.shape[1:])

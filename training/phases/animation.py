@@ -76,8 +76,8 @@ class Scene:
     """(b, f, 1, h, w) of the loss; 1 outside the face."""
     boxes: Tensor
     """(b, f, 4, 4) face, eyes and mouth in pixels."""
-    detail: Tensor
-    """(b, f, 3, s, s) what decoded frames get of the moved portrait (`VaeConfig.kept_detail`); 0 where nothing."""
+    moved: Tensor
+    """(b, f, 3, s, s) the moved portrait in [0, 1]; without channels where canvases do not show it."""
 
 
 class AnimationPhase(Phase):
@@ -143,17 +143,8 @@ class AnimationPhase(Phase):
             memories=self._memories(batch, all_latents[:, 0], draw, dropped, whole),
             weights=rearrange(weights, "(b f) 1 h w -> b f 1 h w", b=num_samples),
             boxes=part_boxes,
-            detail=self._detail(shown),
+            moved=shown[:, :, MOVED],
         )
-
-    @torch.no_grad()
-    def _detail(self, shown: Tensor) -> Tensor:
-        """(b, f, 3, s, s) of canvases (b, f, 3 or 9, s, s)."""
-        share, moved = self.model.vae.kept_detail, shown[:, :, MOVED]
-        if not share:
-            return torch.zeros_like(shown[:, :, :3])
-        lost = self.network("vae", Vae).lost(rearrange(moved, "b f c h w -> (b f) c h w") * 2 - 1)
-        return share * rearrange(lost, "(b f) c h w -> b f c h w", b=len(shown))
 
     def _keypoints(self, batch: Batch, images: Tensor, draw: Draws) -> Tensor:
         """(b, 1 + f, K, 3) keypoints of the pictures, all with the reference's canonical ones."""
@@ -336,5 +327,5 @@ def softness(pictures: Tensor, target: Tensor) -> Tensor:
 
 def resampled(scene: Scene, frames: slice) -> Scene:
     """The scene of some of its frames."""
-    names = ("images", "latents", "motion", "pose", "weights", "boxes", "detail")
+    names = ("images", "latents", "motion", "pose", "weights", "boxes", "moved")
     return replace(scene, **{name: getattr(scene, name)[:, frames] for name in names})

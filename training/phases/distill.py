@@ -53,7 +53,8 @@ class AppearancePhase(AnimationPhase):
         """The loss of predicted latents (b, f, c, h, w), the frames' timesteps being (f,)."""
         num_samples = len(latents)
         decoded = self._decoded(rearrange(latents, "b f c h w -> (b f) c h w")).float()
-        decoded = decoded + rearrange(scene.detail, "b f c h w -> (b f) c h w")
+        if self.model.vae.kept_detail:
+            decoded = decoded + self.detail(rearrange(scene.moved, "b f c h w -> (b f) c h w"))
         target = rearrange(scene.images, "b f c h w -> (b f) c h w")
         face_boxes = rearrange(scene.boxes, "b f k c -> (b f) k c")
         pixel = image_loss(decoded, target, face_boxes, self.config.face_weight, self.config.parts_weight)
@@ -70,6 +71,11 @@ class AppearancePhase(AnimationPhase):
             fooled = F.softplus(-self.critic(decoded, levels)).mean()
             loss, metrics["adversarial"] = loss + self.config.adversarial_weight * fooled, fooled.detach()
         return Update(loss, metrics, carry, real=target, fake=decoded.detach(), timesteps=levels)
+
+    @torch.no_grad()
+    def detail(self, moved: Tensor) -> Tensor:
+        """(n, 3, s, s) what decoded frames get of the moved portrait (n, 3, s, s) in [0, 1], as in `stages.decode`."""
+        return self.model.vae.kept_detail * self.network("vae", Vae).lost(moved * 2 - 1)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Pictures (n, 3, s, s) of latents (n, c, h, w)."""

@@ -61,7 +61,7 @@ def test_decoded_pictures_have_the_detail_that_inference_gives_them(build, batch
     plain.model = replace(plain.model, vae=replace(plain.model.vae, kept_detail=0.0))
     pictures = [phase(batch, draws(0, 0, 1, 0), 1, 0, None).fake for phase in (plain, detailed)]
     scene, vae = detailed.scene(batch, draws(0, 0, 1, 0)), detailed.network("vae", Vae)
-    given = rearrange(scene.detail, "b f c h w -> (b f) c h w")
+    given = detailed.detail(rearrange(scene.moved, "b f c h w -> (b f) c h w"))
     torch.testing.assert_close(pictures[1] - pictures[0], given, rtol=0, atol=1e-5)
     # Detail of which everything is what coding takes: a second coding finds little of it.
     assert given.std() > 0.01 and vae.encode(given).std() < vae.encode(pictures[1]).std()
